@@ -1,0 +1,1 @@
+"""Sealed namespace, libvirt, network, guest channels, baselines and reset, ledger, warden."""

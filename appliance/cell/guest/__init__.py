@@ -1,0 +1,1 @@
+"""Scripts that the host sends into a guest through the qga, as data files. Nothing here is imported."""

@@ -1,0 +1,165 @@
+"""Clean means proven clean: the facts that show a machine is its baseline and not what ran before.
+
+Half of them are the host's own (which file is open, which layers lie below it, which RAM file is mapped);
+the other half are read in the guest *before* the subject had a chance to run in this incarnation, when the
+guest's software is still the baseline's.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from appliance.cell import overlay
+from appliance.cell.incarnation import Incarnation
+from appliance.cell.netlink import namespace_inode
+from appliance.cell.qga import Qga
+from appliance.errors import GuestTamperError
+from appliance.model import Frozen, printable
+
+_Short = Annotated[str, StringConstraints(max_length=256)]
+
+
+class GuestFacts(BaseModel):
+    """What the facts script prints; bounded, since it comes from a guest."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    boot_id: _Short
+    nonce: _Short
+    ram_sentinel: _Short
+    disk_sentinel: _Short
+    processes: Annotated[list[_Short], Field(max_length=500)]
+
+
+class Check(Frozen):
+    """One fact: what it had to be and what it is."""
+
+    name: str
+    passed: bool
+    expected: str
+    found: str
+
+
+class Proof(Frozen):
+    """All checks of one incarnation; ``seconds`` from the request to the last check."""
+
+    machine: str
+    incarnation: str
+    baseline: str
+    seconds: float
+    checks: tuple[Check, ...]
+
+    @property
+    def proved(self) -> bool:
+        """True if there are checks and all passed."""
+        return bool(self.checks) and all(c.passed for c in self.checks)
+
+    @property
+    def failures(self) -> str:
+        """The failed checks in words."""
+        return "; ".join(
+            f"{c.name}: expected {c.expected}, found {c.found}" for c in self.checks if not c.passed
+        )
+
+
+class Expected(Frozen):
+    """What a baseline recorded of itself, to hold a restored machine against."""
+
+    boot_id: str
+    nonce: str
+    processes: tuple[str, ...]
+    chain: tuple[Path, ...]
+    ram_file: Path
+
+
+_SCRIPT = files("appliance.cell.guest").joinpath("facts.py").read_text()
+
+
+def guest_facts(qga: Qga, incarnation: str) -> GuestFacts:
+    """Read the facts, set the clock, and (with an incarnation) plant its sentinels in RAM and on disk.
+
+    Raises:
+        GuestTamperError: the answer is not what our script prints.
+    """
+    done = qga.python(_SCRIPT, incarnation, f"{time.time():.6f}")
+    try:
+        return GuestFacts.model_validate_json(done.stdout)
+    except ValidationError as e:
+        detail = printable(done.stderr.decode(errors="replace"), 300)
+        raise GuestTamperError(f"facts script: exit status {done.rc}, no valid facts; {detail}") from e
+
+
+def guest_checks(facts: GuestFacts, expected: Expected) -> Iterator[Check]:
+    """The guest's half of a proof. Pure."""
+    yield _same("boot id is the baseline's", expected.boot_id, facts.boot_id)
+    yield _same("RAM holds the baseline's nonce", expected.nonce, facts.nonce)
+    yield _same("no RAM sentinel of an earlier run", "", facts.ram_sentinel)
+    yield _same("no disk sentinel of an earlier run", "", facts.disk_sentinel)
+    extra = sorted(set(facts.processes) - set(expected.processes))
+    missing = sorted(set(expected.processes) - set(facts.processes))
+    yield Check(
+        name="processes are the baseline's",
+        passed=not extra and not missing,
+        expected=f"{len(expected.processes)} processes with their start times",
+        found=printable(f"{len(facts.processes)}; extra {extra[:5]}; missing {missing[:5]}", 400),
+    )
+
+
+def host_checks(machine: Incarnation, expected: Expected) -> Iterator[Check]:
+    """The host's half: what QEMU really has open, mapped, and below its disk."""
+    chain = overlay.backing_chain(machine.spec.overlay)
+    yield _same("backing chain", str([str(p) for p in expected.chain]), str([str(p) for p in chain[1:]]))
+    inode = machine.spec.overlay.stat().st_ino
+    yield _same("overlay is the file made for this incarnation", str(machine.overlay_inode), str(inode))
+    open_files = _open_files(machine.pid)
+    yield Check(
+        name="QEMU has this overlay open",
+        passed=str(machine.spec.overlay) in open_files,
+        expected=str(machine.spec.overlay),
+        found="open" if str(machine.spec.overlay) in open_files else "not open",
+    )
+    flags = _mapping(machine.pid, expected.ram_file)
+    yield _same("baseline RAM is mapped privately", "rw-p", flags)
+    yield _same(
+        "QEMU runs in the sealed namespace",
+        str(namespace_inode()),
+        str(namespace_inode(machine.pid or 0)) if machine.pid else "no process",
+    )
+
+
+def _same(name: str, expected: str, found: str) -> Check:
+    return Check(name=name, passed=expected == found, expected=expected, found=printable(found, 300))
+
+
+def _open_files(pid: int | None) -> set[str]:
+    folder = Path(f"/proc/{pid}/fd")
+    found = set()
+    try:
+        for entry in folder.iterdir():
+            try:
+                found.add(str(entry.readlink()))
+            except OSError:
+                continue
+    except OSError:
+        return set()
+    return found
+
+
+def _mapping(pid: int | None, path: Path) -> str:
+    """Permission flags of the first mapping of ``path`` in a process, or a word that says there is none."""
+    wanted = os.fspath(path)
+    try:
+        with Path(f"/proc/{pid}/maps").open() as lines:
+            for line in lines:
+                if line.rstrip().endswith(wanted):
+                    return line.split()[1]
+    except OSError:
+        return "no process"
+    return "not mapped"
