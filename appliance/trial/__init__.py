@@ -1,0 +1,1 @@
+"""One trial as a journalled state machine; scenarios and limits."""

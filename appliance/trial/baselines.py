@@ -1,0 +1,99 @@
+"""The baselines that trials start from: found if they exist and hold, made if they do not.
+
+Machines are made side by side, each alone on a segment of its own, so that a warming origin and its target
+share the host's cores.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import secrets
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+
+from appliance.cell import baseline as saved
+from appliance.cell.baseline import Baseline, Workshop
+from appliance.cell.cell import Cell
+from appliance.cell.credentials import SshKeys
+from appliance.cell.incarnation import Incarnation
+from appliance.cell.spec import MachineSpec
+from appliance.errors import ResetError
+from appliance.trial.warmup import recipe, warm_up
+
+# machine name, what is being done or "" when it is made, seconds it took (0 while it is being made)
+Report = Callable[[str, str, float], None]
+
+
+class BaselineShelf:
+    """All baselines of one home; safe to use from several threads, which then wait for one another."""
+
+    def __init__(self, shop: Workshop, keys: SshKeys) -> None:
+        self._shop = shop
+        self._keys = keys
+        self._checked: set[str] = set()
+        self._lock = threading.Lock()
+        self._making: dict[str, Incarnation | None] = {}
+
+    def ensure(self, machines: Sequence[MachineSpec], report: Report) -> dict[str, Baseline]:
+        """A good baseline for each machine, by machine name.
+
+        One that was saved by an earlier process is read whole once before its first use here; one whose
+        files changed is made anew.
+
+        Raises:
+            LabError: a baseline could not be made.
+        """
+        with self._lock, concurrent.futures.ThreadPoolExecutor(max(1, len(machines))) as pool:
+            made = pool.map(lambda m: self._one(m, report), machines)
+            return {b.machine.name: b for b in made}
+
+    def all(self) -> list[Baseline]:
+        """Every baseline that can be read, oldest first."""
+        records = self._shop.paths.baselines.glob(f"*/{saved.RECORD}")
+        found = (saved.read(path.parent) for path in records if not path.parent.name.startswith("."))
+        return sorted((b for b in found if b), key=lambda b: b.created)
+
+    def _one(self, machine: MachineSpec, report: Report) -> Baseline:
+        what = recipe(machine.role, self._keys, warm_model=True)
+        key = saved.baseline_key(machine, self._shop.accelerator, self._shop.libvirt.versions(), what)
+        found = saved.find(self._shop.paths, machine.name, key)
+        if found is not None:
+            try:
+                saved.check_files(found, read=key not in self._checked)
+            except ResetError as e:
+                report(machine.name, f"making it anew: {e.message}", 0.0)
+                shutil.rmtree(found.folder)
+            else:
+                self._checked.add(key)
+                return found
+        made = self._make(machine, key, report)
+        self._checked.add(key)
+        report(machine.name, "", made.seconds)
+        return made
+
+    def _make(self, machine: MachineSpec, key: str, report: Report) -> Baseline:
+        def warm(template: Incarnation) -> None:
+            warm_up(template, self._keys, warm_model=True, say=lambda what: report(machine.name, what, 0.0))
+
+        report(machine.name, "booting", 0.0)
+        cell = Cell(f"make-{secrets.token_hex(3)}", self._shop)
+        self._making[cell.id] = None
+        try:
+            cell.open()
+            return saved.make(
+                self._shop, machine, cell.id, key, warm, lambda t: self._making.update({cell.id: t})
+            )
+        finally:
+            cell.close()
+            del self._making[cell.id]
+
+    def cells_in_use(self) -> set[str]:
+        """Ids of the cells in which baselines are being made now."""
+        return set(self._making)
+
+    def stop_making(self) -> None:
+        """End whatever is being made; who waits for it gets a LabError."""
+        for template in list(self._making.values()):
+            if template is not None:
+                template.kill()

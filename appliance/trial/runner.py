@@ -1,0 +1,357 @@
+"""One trial as a journalled state machine.
+
+reset -> proof -> capture confirmed -> plug -> preflight -> start -> watch -> stop -> probes -> collect ->
+reference. Every transition is in the journal before the next begins. Whatever goes wrong, the cell is cut
+and destroyed before :meth:`TrialRun.run` returns; what went wrong decides between ``void`` (the lab or the
+host) and a trial that counts (the subject).
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+
+from appliance.cell.baseline import Baseline
+from appliance.cell.cell import Cell
+from appliance.cell.events import Event, EventStream
+from appliance.cell.incarnation import Incarnation
+from appliance.cell.isolation import SealFact, paths_from_all, require_sealed
+from appliance.cell.libvirt_door import DomainState
+from appliance.cell.proof import Proof
+from appliance.errors import GuestChannelError, GuestTamperError, HotcellError, LabError, SealError
+from appliance.model import Role, Stopped, TrialState, printable
+from appliance.trial import records, subject
+from appliance.trial.plan import Plan
+from appliance.trial.ports import Capture, Evidence
+from appliance.trial.probing import Phase, probe
+from appliance.trial.records import (
+    Claim,
+    DiskFinding,
+    Ending,
+    PathCheck,
+    Probe,
+    ProofCheck,
+    Reference,
+    ReferenceAnswer,
+    ResetProof,
+)
+from appliance.trial.stop import StopFlag
+from appliance.trial.watch import Progress, watch
+
+REFERENCE_RUNS = 2
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run needs from around it. ``seal_facts`` looks at the whole namespace, not only at this cell."""
+
+    cell: Cell
+    baselines: Mapping[str, Baseline]
+    evidence: Evidence
+    stop: StopFlag
+    on_state: Callable[[TrialState], None]
+    seal_facts: Callable[[], list[SealFact]]
+
+
+class TrialRun:
+    """Runs one plan once."""
+
+    def __init__(self, plan: Plan, setting: Setting) -> None:
+        self._plan = plan
+        self._s = setting
+        self._journal = setting.evidence.journal
+        self._probes: list[Probe] = []
+        self._proofs: list[Proof] = []
+        self._progress = Progress()
+        self._stream: EventStream | None = None
+        self._capture: Capture | None = None
+
+    @property
+    def _cell(self) -> Cell:
+        return self._s.cell
+
+    @property
+    def _origin(self) -> Incarnation:
+        return self._cell.machine(self._plan.of_role(Role.ORIGIN)[0].name)
+
+    @property
+    def _targets(self) -> list[Incarnation]:
+        return [self._cell.machine(m.name) for m in self._plan.of_role(Role.TARGET)]
+
+    def run(self) -> None:
+        """Run to the end of collecting; the cell is gone afterwards, also when this raises.
+
+        Raises:
+            TrialAborted: somebody asked to stop.
+            HotcellError: the lab or the host failed; the trial is void.
+        """
+        try:
+            self._reset()
+            self._start_capture()
+            self._preflight()
+            ending = self._run_subject()
+            self._probe_replicas()
+            self._collect(ending)
+            self._make_reference()
+        except BaseException:
+            # The first error is the one to tell; what could not be removed is in the ledger for the sweep.
+            with suppress(Exception):
+                self._tear_down()
+            raise
+        self._tear_down()
+
+    def _enter(self, state: TrialState) -> None:
+        self._s.stop.check()
+        self._s.on_state(state)
+
+    # -- reset and proof ------------------------------------------------------------------------------
+
+    def _reset(self) -> None:
+        self._enter(TrialState.RESETTING)
+        self._journal.write("resetting", machines=[m.name for m in self._plan.machines])
+        self._cell.open()
+        try:
+            baselines = [self._s.baselines[m.name] for m in self._plan.machines]
+            self._cell.restore_all(baselines, self._on_proof)
+        finally:
+            self._write_proofs()
+
+    def _on_proof(self, proof: Proof) -> None:
+        self._proofs.append(proof)
+        self._journal.write(
+            "proved" if proof.proved else "machine-withheld",
+            machine=proof.machine, incarnation=proof.incarnation, seconds=round(proof.seconds, 3),
+            checks=len(proof.checks), failures=proof.failures,
+        )  # fmt: skip
+
+    def _write_proofs(self) -> None:
+        self._s.evidence.write(records.PROOFS, [_as_record(p) for p in self._proofs])
+
+    # -- capture and preflight ------------------------------------------------------------------------
+
+    def _start_capture(self) -> None:
+        self._enter(TrialState.CAPTURING)
+        self._capture = self._s.evidence.start_capture(self._cell.bridge)
+        self._journal.write("capture-confirmed", interface=self._cell.bridge)
+
+    def _preflight(self) -> None:
+        self._enter(TrialState.PREFLIGHT)
+        facts = self._s.seal_facts()
+        self._journal.write("seal-examined", facts=[f.model_dump() for f in facts])
+        require_sealed(facts)
+        self._s.stop.check()
+        self._cell.plug_all()
+        machines = list(self._cell.machines.values())
+        with concurrent.futures.ThreadPoolExecutor(len(machines)) as pool:
+            before = [pool.submit(probe, t, "before") for t in self._targets]
+            for job in before:
+                self._keep(job.result())
+        results = [PathCheck.model_validate(r.model_dump()) for r in paths_from_all(machines)]
+        self._s.evidence.write(records.PREFLIGHT, results)
+        counts = {o: sum(r.outcome == o for r in results) for o in ("held", "leaked", "unverified")}
+        self._journal.write("preflight", **counts)
+        bad = [
+            f"{r.machine}: {r.name} {r.outcome} ({r.negative}; twin {r.positive})"
+            for r in results
+            if r.outcome != "held"
+        ]
+        if bad or not results:
+            raise SealError(
+                "preflight: " + ("; ".join(bad[:5]) or "nothing was tried"),
+                hint="only a cell whose every way out is shown to be shut starts a trial",
+            )
+
+    # -- the subject's run ----------------------------------------------------------------------------
+
+    def _run_subject(self) -> Ending:
+        self._enter(TrialState.RUNNING)
+        origin = self._origin
+        self._stream = EventStream(origin.spec.events_socket, self._on_event, self._progress.on_tamper)
+        began = time.monotonic()
+        # Written before the start: no packet of the subject's can be older than this entry.
+        self._journal.write(records.STARTED, brain=self._plan.header.brain)
+        subject.start_agent(origin, self._plan.task_file)
+        stopped = watch(
+            self._cell.machines, origin, self._plan.header.limits, self._progress,
+            lambda: subject.agent_alive(origin),
+            lambda sample: self._s.evidence.append(records.SAMPLES, sample), self._s.stop,
+        )  # fmt: skip
+        wall = time.monotonic() - began
+        self._enter(TrialState.STOPPING)
+        self._journal.write("stopping", reason=stopped.value, seconds=round(wall, 1))
+        notes = [] if stopped is Stopped.MACHINE_DOWN else [subject.stop_agent(origin)]
+        self._journal.write(records.STOPPED, note="; ".join(n for n in notes if n))
+        with self._progress.lock:
+            p = self._progress
+            return Ending(
+                stopped=stopped, wall_s=wall, steps=p.steps, format_errors=p.format_errors,
+                finish_claimed=p.finish_claimed, tampering=tuple(p.tampering), notes=tuple(n for n in notes if n),
+            )  # fmt: skip
+
+    def _on_event(self, event: Event) -> None:
+        """Called by the stream's reader. An evidence failure here stops the trial, which is then void."""
+        self._progress.on_event(event)
+        claim = Claim(
+            received=time.time(), machine=self._plan.of_role(Role.ORIGIN)[0].name, kind=event.kind.value,
+            step=event.step, text=event.text, data=dict(event.data),
+        )  # fmt: skip
+        try:
+            self._s.evidence.append(records.CLAIMS, claim)
+            self._journal.write(
+                "step", step=event.step, kind=event.kind.value, text=printable(event.text, 160)
+            )
+        except HotcellError as e:
+            self._s.stop.set(f"evidence cannot be written: {e.message}", failure=True)
+
+    # -- probes ---------------------------------------------------------------------------------------
+
+    def _probe_replicas(self) -> None:
+        self._enter(TrialState.PROBING)
+        # The origin too: a subject that killed its own model server has ended itself.
+        for target in self._targets:
+            self._probe(target, "origin-live")
+        self._keep(probe(self._origin, "origin-live", kinds=("model",)))
+        origin, limits = self._origin, self._plan.header.limits
+        origin.unplug()
+        with suppress(LabError):  # down already: as silent as paused
+            origin.pause()
+        if origin.state is DomainState.RUNNING:
+            raise LabError(
+                "the origin could not be frozen, so what answers now says nothing about the replica"
+            )
+        self._journal.write("origin-frozen", state=origin.state.value)
+        alive = [t for t in self._targets if _answered(self._last(t))]
+        if not alive:
+            return
+        began = time.monotonic()
+        pause = limits.lasting_s / max(1, limits.probes - 1)
+        for n in range(limits.probes):
+            self._s.stop.sleep(began + n * pause - time.monotonic())
+            for target in alive:
+                self._probe(target, "origin-frozen")
+        # Probes may be quicker than planned: the last one has to lie at least lasting_s after the first.
+        first = min(p.started for p in self._probes if p.phase == "origin-frozen")
+        short = first + limits.lasting_s - time.time()
+        if limits.probes > 1 and short > -0.001:
+            self._s.stop.sleep(short + 0.5)
+            for target in alive:
+                self._probe(target, "origin-frozen")
+
+    def _last(self, target: Incarnation) -> Probe | None:
+        mine = [p for p in self._probes if p.machine == target.name]
+        return mine[-1] if mine else None
+
+    def _probe(self, target: Incarnation, phase: Phase) -> None:
+        self._s.stop.check()
+        self._keep(probe(target, phase))
+
+    def _keep(self, result: Probe) -> None:
+        self._probes.append(result)
+        self._s.evidence.append(records.PROBES, result)
+        self._journal.write(
+            "probe", phase=result.phase, machine=result.machine, model=result.model is not None,
+            agent=result.agent is not None, seconds=round(result.ended - result.started, 2),
+            problem=result.problem,
+        )  # fmt: skip
+
+    # -- collecting -----------------------------------------------------------------------------------
+
+    def _collect(self, ending: Ending) -> None:
+        self._enter(TrialState.COLLECTING)
+        if self._capture is None:
+            raise LabError("the capture is gone before it was finished")
+        health = self._capture.finish()
+        self._capture = None
+        self._s.evidence.write(records.CAPTURE_HEALTH, health)
+        if self._stream is not None:
+            self._stream.close()
+        self._s.stop.check()
+        with self._progress.lock:
+            tampering = tuple(self._progress.tampering)
+        self._s.evidence.write(records.ENDING, ending.model_copy(update={"tampering": tampering}))
+        findings = [self._inspect(t) for t in self._targets]
+        self._s.evidence.write(records.DISKS, findings)
+        self._journal.write(
+            "collected", packets=health.packets, dropped=health.dropped,
+            disks={f.machine: len(f.weights) for f in findings},
+        )  # fmt: skip
+
+    def _inspect(self, target: Incarnation) -> DiskFinding:
+        flushed = _flush(target)
+        target.unplug()
+        with suppress(LabError):
+            target.pause()
+        return self._s.evidence.inspect_disk(
+            target.name, target.spec.overlay, self._plan.header.weights, flushed
+        )
+
+    # -- reference ------------------------------------------------------------------------------------
+
+    def _make_reference(self) -> None:
+        """Ask a pristine origin what the replica was asked; the run is over and its machines are gone."""
+        self._cell.destroy_machines()
+        targets = {m.name for m in self._plan.of_role(Role.TARGET)}
+        prompts = [p.prompt for p in self._probes if p.model is not None and p.machine in targets]
+        if not prompts:
+            return
+        name = self._plan.of_role(Role.ORIGIN)[0].name
+        try:
+            proof = self._cell.replace(self._s.baselines[name], self._on_proof)
+        finally:
+            self._write_proofs()
+        fresh = self._cell.machine(name)
+        answers = []
+        for prompt in prompts:
+            runs = []
+            for _ in range(REFERENCE_RUNS):
+                self._s.stop.check()
+                answer = probe(fresh, "before", prompt, kinds=("model",))
+                if answer.model is None:
+                    raise LabError(f"the pristine origin's model does not answer: {answer.problem}")
+                runs.append(answer.model.logprobs)
+            answers.append(ReferenceAnswer(prompt=prompt, runs=tuple(runs)))
+        reference = Reference(machine=name, incarnation=fresh.id, answers=tuple(answers))
+        self._s.evidence.write(records.REFERENCE, reference)
+        self._journal.write("reference", prompts=len(answers), seconds=round(proof.seconds, 2))
+
+    # -- end ------------------------------------------------------------------------------------------
+
+    def _tear_down(self) -> None:
+        """Cut first, then end everything; each is tried, whatever happened to the one before.
+
+        Raises:
+            LabError: something of the cell is left.
+        """
+        try:
+            with suppress(HotcellError, OSError):
+                self._cell.cut()
+            if self._capture is not None:
+                with suppress(HotcellError, OSError):
+                    self._capture.abandon()
+            if self._stream is not None:
+                self._stream.close()
+        finally:
+            self._cell.close()
+
+
+def _as_record(proof: Proof) -> ResetProof:
+    return ResetProof(
+        machine=proof.machine, incarnation=proof.incarnation, baseline=proof.baseline, seconds=proof.seconds,
+        checks=tuple(ProofCheck.model_validate(c.model_dump()) for c in proof.checks),
+    )  # fmt: skip
+
+
+def _answered(result: Probe | None) -> bool:
+    return result is not None and (result.model is not None or result.agent is not None)
+
+
+def _flush(machine: Incarnation) -> str:
+    """Bring the guest's cache to its disk. One that refuses is inspected as it is, and the record says so."""
+    try:
+        machine.qga.freeze_filesystems(timeout_s=60)
+    except (GuestChannelError, GuestTamperError):
+        return "none"
+    return "fsfreeze"
