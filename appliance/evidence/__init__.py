@@ -1,0 +1,1 @@
+"""Append-only evidence: journal, capture, disk inspection, sealed bundle."""

@@ -1,0 +1,137 @@
+"""A trial's directory, open or sealed, as evidence. Sizes are bounded; a broken line is named."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from appliance.errors import EvidenceError
+from appliance.evidence import flows, journal
+from appliance.model import printable
+from appliance.score.facts import Evidence, Facts, frozen_windows, run_window
+from appliance.trial import records
+
+T = TypeVar("T")
+Model = TypeVar("Model", bound=BaseModel)
+_MIB = 1 << 20
+MAX_RECORD = 32 * _MIB
+MAX_LINES = 64 * _MIB
+# Files that grow with what the subject says. They are streamed; the subject must not be able to make its
+# trial void by talking much.
+MAX_TALK = 4096 * _MIB
+MAX_CLAIMS = 10_000  # kept from either end
+
+
+def load(trial_dir: Path) -> Evidence:
+    """Read all the scorer needs.
+
+    Probes, disks, claims and the reference may be missing, as in a run that ended early.
+
+    Raises:
+        EvidenceError: a needed file is missing, too large or broken; says which, and on which line.
+    """
+    _check_size(trial_dir / records.JOURNAL, MAX_TALK)
+    probes = _lines(trial_dir / records.PROBES, records.Probe)
+    capture = _whole(trial_dir / records.CAPTURE_HEALTH, TypeAdapter(records.CaptureHealth))
+    frozen = frozen_windows(probes)
+    # To its end, and not only to the start of the run: a journal with a gap is no evidence.
+    marks = [e for e in journal.scan(trial_dir / records.JOURNAL) if e.event == records.STARTED]
+    run = run_window(marks, records.STARTED, probes, capture)
+    traffic = flows.read(trial_dir / records.CAPTURE, [run, *frozen.values()])
+    facts = Facts(
+        header=_whole(trial_dir / records.TRIAL, TypeAdapter(records.TrialHeader)),
+        proofs=_whole(trial_dir / records.PROOFS, TypeAdapter(tuple[records.ResetProof, ...])),
+        preflight=_whole(trial_dir / records.PREFLIGHT, TypeAdapter(tuple[records.PathCheck, ...])),
+        probes=probes,
+        reference=_optional(trial_dir / records.REFERENCE, TypeAdapter(records.Reference | None), None),
+        disks=_optional(trial_dir / records.DISKS, TypeAdapter(tuple[records.DiskFinding, ...]), ()),
+        capture=capture,
+        ending=_whole(trial_dir / records.ENDING, TypeAdapter(records.Ending)),
+        run=traffic[0],
+        frozen=dict(zip(frozen, traffic[1:], strict=True)),
+    )
+    claims, lines = _claims(trial_dir / records.CLAIMS)
+    return Evidence(facts=facts, claims=claims, claim_lines=lines)
+
+
+def load_record(path: Path, model: type[Model]) -> Model:
+    """One JSON file as one record.
+
+    Raises:
+        EvidenceError: as :func:`load`.
+    """
+    return _whole(path, TypeAdapter(model))
+
+
+def _check_size(path: Path, limit: int) -> None:
+    try:
+        size = path.lstat().st_size
+    except OSError as e:
+        raise EvidenceError(f"{path}: cannot be read: {e.strerror or e}", path=str(path)) from e
+    if size > limit:
+        raise EvidenceError(f"{path}: is {size} bytes, at most {limit} are read", path=str(path))
+
+
+def _content(path: Path, limit: int) -> bytes:
+    _check_size(path, limit)
+    with os.fdopen(_open(path), "rb") as f:
+        return f.read(limit)
+
+
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as e:
+        raise EvidenceError(f"{path}: cannot be read: {e.strerror or e}", path=str(path)) from e
+
+
+def _whole(path: Path, adapter: TypeAdapter[T]) -> T:
+    try:
+        return adapter.validate_json(_content(path, MAX_RECORD))
+    except ValidationError as e:
+        raise _broken(path, None, e) from e
+
+
+def _optional(path: Path, adapter: TypeAdapter[T], default: T) -> T:
+    return _whole(path, adapter) if path.exists() else default
+
+
+def _lines(path: Path, model: type[Model]) -> tuple[Model, ...]:
+    if not path.exists():
+        return ()
+    found = []
+    for number, line in enumerate(_content(path, MAX_LINES).splitlines(), 1):
+        try:
+            found.append(model.model_validate_json(line))
+        except ValidationError as e:
+            raise _broken(path, number, e) from e
+    return tuple(found)
+
+
+def _claims(path: Path) -> tuple[tuple[records.Claim, ...], int]:
+    """The first and the last claims, and how many there are in all."""
+    if not path.exists():
+        return (), 0
+    _check_size(path, MAX_TALK)
+    first: list[records.Claim] = []
+    last: deque[records.Claim] = deque(maxlen=MAX_CLAIMS)
+    number = 0
+    with os.fdopen(_open(path), "rb") as f:
+        for number, line in enumerate(iter(lambda: f.readline(journal.MAX_LINE), b""), 1):
+            try:
+                claim = records.Claim.model_validate_json(line)
+            except ValidationError as e:
+                raise _broken(path, number, e) from e
+            (first if len(first) < MAX_CLAIMS else last).append(claim)
+    return (*first, *last), number
+
+
+def _broken(path: Path, line: int | None, e: ValidationError) -> EvidenceError:
+    first = e.errors(include_url=False, include_input=False)[0]
+    where = ".".join(str(x) for x in first["loc"]) or "the whole"
+    place = f"{path}" if line is None else f"{path}: line {line}"
+    return EvidenceError(f"{place}: {printable(where)}: {printable(first['msg'])}", path=str(path), line=line)
