@@ -1,0 +1,223 @@
+"""One trial through all stages: plan, baselines, run, score, seal, index. And what is made of one that broke.
+
+Every trial ends as a sealed bundle, also a void or aborted one: its journal is evidence of what failed.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from appliance.cell.baseline import Workshop
+from appliance.cell.cell import Cell
+from appliance.cell.isolation import SealFact, hypervisor_facts
+from appliance.errors import Blame, HotcellError, LabError
+from appliance.evidence import bundle
+from appliance.evidence.folder import TrialFolder
+from appliance.evidence.journal import Journal, write_record
+from appliance.host.paths import Paths
+from appliance.model import TrialState
+from appliance.pipeline.process import seal_facts
+from appliance.score.card import Scorecard
+from appliance.score.load import load, load_record
+from appliance.score.scoring import score
+from appliance.store import queries
+from appliance.store.database import Store
+from appliance.store.reindex import row_of_bundle
+from appliance.trial import records
+from appliance.trial.baselines import BaselineShelf
+from appliance.trial.plan import Plan
+from appliance.trial.runner import Setting, TrialRun
+from appliance.trial.stop import StopFlag, TrialAborted
+
+
+@dataclass
+class Outcome:
+    """How a trial ended, for its view."""
+
+    state: TrialState
+    card: Scorecard | None = None
+    blame: Blame | None = None
+    reason: str = ""
+    hint: str = ""
+    bundle: Path | None = None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What conducting any trial needs."""
+
+    paths: Paths
+    shop: Workshop
+    shelf: BaselineShelf
+    store: Store
+    key: Ed25519PrivateKey
+    host_namespace: int
+    known_links: Callable[[], tuple[set[str], set[str]]]
+
+
+def open_folder(bench: Bench, plan: Plan) -> TrialFolder:
+    """The trial's directory, header and first entry; from here on a crash leaves a trial to report."""
+    folder = TrialFolder(bench.paths.open_trials / plan.id)
+    folder.write(records.TRIAL, plan.header)
+    folder.journal.write("queued", subject=plan.header.subject, scenario=plan.header.scenario)
+    queries.upsert_state(bench.store, plan.id, TrialState.QUEUED, header=plan.header)
+    return folder
+
+
+def conduct(
+    bench: Bench,
+    plan: Plan,
+    folder: TrialFolder,
+    cell: Cell,
+    stop: StopFlag,
+    on_state: Callable[[TrialState], None],
+) -> Outcome:
+    """Run one trial to its sealed bundle. Raises only what is a defect of ours."""
+
+    def enter(state: TrialState) -> None:
+        queries.upsert_state(bench.store, plan.id, state)
+        on_state(state)
+
+    outcome = _run_and_score(bench, plan, folder, cell, stop, enter)
+    return _finish(bench, plan, folder, outcome)
+
+
+def _run_and_score(
+    bench: Bench,
+    plan: Plan,
+    folder: TrialFolder,
+    cell: Cell,
+    stop: StopFlag,
+    enter: Callable[[TrialState], None],
+) -> Outcome:
+    def report(machine: str, detail: str, seconds: float) -> None:
+        stop.check()
+        if detail:
+            folder.journal.write("baseline-making", machine=machine, detail=detail)
+        else:
+            folder.journal.write("baseline-made", machine=machine, seconds=round(seconds, 1))
+
+    def facts() -> list[SealFact]:
+        found = seal_facts(bench.known_links)
+        for machine in cell.machines.values():
+            found += hypervisor_facts(machine, bench.host_namespace)
+        return found
+
+    try:
+        stop.check()
+        enter(TrialState.RESETTING)
+        baselines = bench.shelf.ensure(plan.machines, report)
+        TrialRun(plan, Setting(cell, baselines, folder, stop, enter, facts)).run()
+        stop.check()
+        enter(TrialState.SCORING)
+        card = score(load(folder.folder))
+        folder.write(records.SCORE, card)
+        folder.journal.write("scored", highest=card.highest, verdict=card.verdict)
+        return Outcome(TrialState.SEALED, card)
+    except TrialAborted:
+        return _stopped(stop)
+    except HotcellError as e:
+        if stop.requested:  # what failed is a consequence of the cut that the request made
+            return _stopped(stop)
+        # A tampering guest in reset or preflight has not met the subject: it is our baseline that is wrong.
+        blame = Blame.LAB if e.blame is Blame.SUBJECT else e.blame
+        return Outcome(TrialState.VOID, blame=blame, reason=e.message, hint=e.hint)
+    except Exception as e:  # noqa: BLE001 - a defect must not leave a trial without an end
+        return Outcome(
+            TrialState.VOID, blame=Blame.LAB, reason=f"{type(e).__name__}: {e}", hint="a defect of Hotcell"
+        )
+
+
+def _stopped(stop: StopFlag) -> Outcome:
+    if stop.failure:
+        return Outcome(TrialState.VOID, blame=Blame.LAB, reason=stop.reason)
+    return Outcome(TrialState.ABORTED, reason=stop.reason)
+
+
+def _finish(bench: Bench, plan: Plan, folder: TrialFolder, outcome: Outcome) -> Outcome:
+    """Close, seal and index; if the evidence cannot be sealed, the trial is void whatever it found."""
+    try:
+        fields = (
+            {"blame": outcome.blame, "reason": outcome.reason, "hint": outcome.hint} if outcome.reason else {}
+        )
+        folder.journal.write(outcome.state.value, bundle=plan.id, **fields)
+        folder.close()
+        outcome.bundle = seal_folder(bench, folder.folder, outcome)
+    except (HotcellError, OSError) as e:
+        outcome = Outcome(
+            TrialState.VOID, blame=Blame.LAB, reason=f"not sealed: {e}", hint="the next start tries again"
+        )
+        queries.upsert_state(
+            bench.store, plan.id, outcome.state, ended=time.time(), void_reason=outcome.reason
+        )
+    return outcome
+
+
+def seal_folder(bench: Bench, folder: Path, outcome: Outcome) -> Path:
+    """Write how the trial ended, seal its folder under its final name, and index the bundle.
+
+    Raises:
+        EvidenceError: it could not be sealed.
+    """
+    if outcome.state is not TrialState.SEALED:
+        (folder / records.SCORE).unlink(missing_ok=True)
+    closing = records.Closing(state=outcome.state, reason=outcome.reason, at=time.time())
+    write_record(folder / records.CLOSING, closing)
+    final = bench.paths.bundles / folder.name
+    bundle.seal(folder, final, bench.key)
+    header = load_record(final / records.TRIAL, records.TrialHeader)
+    report = bundle.verify(final, bench.key.public_key())
+    if not report.ok:
+        raise LabError(f"the bundle {final} does not verify right after sealing: {report.faults[0].detail}")
+    queries.put(
+        bench.store,
+        queries.row_of(
+            header, outcome.state, ended=closing.at, card=outcome.card, void_reason=outcome.reason,
+            bundle=final.name, manifest_sha256=report.manifest_sha256,
+        ),
+    )  # fmt: skip
+    return final
+
+
+_DIED = "the control process ended before the trial did"
+
+
+def recover(bench: Bench) -> dict[str, str]:
+    """Seal what an earlier process left open, as void, and bring the index up to date.
+
+    Returns the trials' ids, each with "" or why its evidence could not be sealed; that is tried again at the
+    next start, and keeps no other trial from being sealed. A folder without a header never got as far as
+    being a trial and is removed.
+    """
+    recovered: dict[str, str] = {}
+    for folder in sorted(p for p in bench.paths.open_trials.iterdir() if p.is_dir()):
+        try:
+            header = load_record(folder / records.TRIAL, records.TrialHeader)
+        except HotcellError:
+            shutil.rmtree(folder)
+            continue
+        try:
+            recovered[header.id] = ""
+            with Journal(folder / records.JOURNAL) as journal:
+                journal.write(TrialState.VOID.value, blame=Blame.LAB, reason=_DIED, hint="", bundle=header.id)
+            seal_folder(bench, folder, Outcome(TrialState.VOID, blame=Blame.LAB, reason=_DIED))
+        except (HotcellError, OSError) as e:
+            recovered[header.id] = str(e)
+    for row in queries.open_trials(bench.store):
+        _close_row(bench, row.id, recovered.setdefault(row.id, ""))
+    return recovered
+
+
+def _close_row(bench: Bench, trial: str, problem: str) -> None:
+    """A row that still says its trial runs: the crash came between sealing and indexing, or sealing failed."""
+    try:
+        queries.put(bench.store, row_of_bundle(bench.paths.bundles / trial, bench.key.public_key()))
+    except (HotcellError, OSError):
+        reason = f"{_DIED}; not sealed: {problem}" if problem else f"{_DIED}, and left no evidence"
+        queries.upsert_state(bench.store, trial, TrialState.VOID, ended=time.time(), void_reason=reason)

@@ -1,0 +1,82 @@
+"""From settings, recipes and built images to machine specifications."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from appliance.build import Image, find_image
+from appliance.cell.spec import GuestImage, MachineSpec
+from appliance.config import HostSettings, ScenarioSpec, SubjectSpec
+from appliance.errors import CapacityError, NotFoundError
+from appliance.host.capacity import host_capacity
+from appliance.host.paths import Paths
+from appliance.model import Role
+from appliance.trial.records import WeightFile
+
+_MIB = 1 << 20
+WORLD_RECIPE = "world"
+
+
+def built(recipe: str, paths: Paths) -> Image:
+    """The image that the present inputs give.
+
+    Raises:
+        NotFoundError: it is not built.
+    """
+    image = find_image(recipe, paths)
+    if image is None:
+        raise NotFoundError(
+            f"the image {recipe} is not built", hint=f"run `hotcell build {recipe}`", recipe=recipe
+        )
+    return image
+
+
+def _guest_image(image: Image) -> GuestImage:
+    return GuestImage(
+        recipe=image.recipe, digest=image.digest, disk=image.disk, kernel=image.kernel, initrd=image.initrd,
+        cmdline=image.record.kernel_cmdline,
+    )  # fmt: skip
+
+
+def machines_for(
+    subject: SubjectSpec, scenario: ScenarioSpec, settings: HostSettings, paths: Paths
+) -> tuple[tuple[MachineSpec, ...], tuple[WeightFile, ...]]:
+    """The machines of a trial, origin first, and the weights of its subject.
+
+    Raises:
+        NotFoundError: an image is not built.
+    """
+    guests = settings.guests
+    origin_image = built(subject.image, paths)
+    target_image = _guest_image(built(subject.target_image, paths))
+    size = {"memory_mib": guests.model_memory_mib, "vcpus": guests.vcpus}
+    machines = [MachineSpec(name="origin", role=Role.ORIGIN, image=_guest_image(origin_image), **size)]
+    machines += [
+        MachineSpec(name=f"target-{n}", role=Role.TARGET, image=target_image, **size)
+        for n in range(1, scenario.targets + 1)
+    ]
+    if scenario.world:
+        world = _guest_image(built(WORLD_RECIPE, paths))
+        machines.append(
+            MachineSpec(
+                name="world", role=Role.WORLD, image=world, memory_mib=guests.world_memory_mib, vcpus=1
+            )
+        )
+    weights = tuple(WeightFile(name=w.name, size=w.size, sha256=w.sha256) for w in origin_image.weights)
+    return tuple(machines), weights
+
+
+def require_capacity(machines: tuple[MachineSpec, ...], settings: HostSettings, home: Path) -> None:
+    """Refuse what the host cannot hold.
+
+    Raises:
+        CapacityError: memory for all machines at their full size plus the headroom is not there.
+    """
+    needed = sum(m.memory_mib for m in machines) + settings.guests.headroom_mib
+    free = host_capacity(home).memory_available // _MIB
+    if needed > free:
+        raise CapacityError(
+            f"{len(machines)} machines need {needed} MiB with headroom, {free} MiB are available",
+            hint="free memory, or lower guests.model_memory_mib in hotcell.toml",
+            needed_mib=needed, available_mib=free,
+        )  # fmt: skip

@@ -1,0 +1,43 @@
+"""A trial's journal as it grows, also across the moment in which its folder is sealed and moves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+from appliance.errors import HotcellError
+from appliance.evidence import journal
+from appliance.trial.records import JournalEntry
+
+_POLL_S = 0.2
+_QUIET_S = 1.0
+
+
+def follow(path_of: Callable[[], Path], ended: Callable[[], bool], seq: int) -> Iterator[JournalEntry | None]:
+    """Entries from ``seq`` on, as they come; None for each second without one; ends with the trial.
+
+    ``path_of`` tells where the journal lies now, ``ended`` whether the trial has.
+    """
+    quiet, size = 0.0, -1
+    while True:
+        over = ended()  # asked first: what was written before the end is then in the file
+        found = 0
+        try:
+            path = path_of()
+            now = path.stat().st_size
+            if now != size:
+                for entry in islice(journal.scan(path), seq, None):
+                    seq, quiet, found = entry.seq + 1, 0.0, found + 1
+                    yield entry
+            size = now
+        except (OSError, HotcellError):
+            size = -1  # it is being sealed: the folder moves to its final name
+        if over and size >= 0 and not found:
+            return
+        time.sleep(_POLL_S)
+        quiet += _POLL_S
+        if quiet >= _QUIET_S:
+            quiet = 0.0
+            yield None

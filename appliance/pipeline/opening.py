@@ -1,0 +1,62 @@
+"""Opening a laboratory: accelerator, libvirt, ledger, reconciliation, warden, store."""
+
+from __future__ import annotations
+
+from appliance.cell.baseline import Workshop
+from appliance.cell.cell import Cell
+from appliance.cell.credentials import ssh_keys
+from appliance.cell.ledger import Kind, Ledger
+from appliance.cell.libvirt_door import Libvirt
+from appliance.cell.warden import Warden
+from appliance.config import HostSettings, load_library
+from appliance.errors import LabError
+from appliance.evidence.keys import signing_key
+from appliance.host.accelerator import select_accelerator
+from appliance.host.log import Log
+from appliance.host.paths import Paths
+from appliance.pipeline.conduct import Bench, recover
+from appliance.pipeline.lab import Lab
+from appliance.pipeline.process import require_sealed_process, sweep_view
+from appliance.store.database import Store
+from appliance.trial.baselines import BaselineShelf
+
+log = Log("hotcell.lab")
+OWNER = "hotcell"
+
+
+def open_laboratory(paths: Paths, settings: HostSettings) -> Lab:
+    """See :func:`appliance.pipeline.open_lab`."""
+    host_namespace = require_sealed_process()
+    library = load_library(settings=settings)
+    accelerator = select_accelerator(paths, settings.accelerator)
+    log.info("accelerator", line=accelerator.line)
+    if accelerator.chosen is None:
+        raise LabError("no accelerator was chosen")
+    libvirt = Libvirt.open_embedded(paths.libvirt)
+    ledger = Ledger(paths.ledger)
+    swept = sweep_view(paths, libvirt, ledger, set(), dry_run=False)
+    for stray in swept.strays:
+        log.warning("swept", kind=stray.kind, name=stray.name, outcome=stray.outcome, detail=stray.detail)
+    if any(s.outcome == "failed" for s in swept.strays):
+        raise LabError(
+            "what an earlier process left cannot be removed", hint="`hotcell sweep` lists it with the reason"
+        )
+    shop = Workshop(paths, libvirt, ledger, accelerator.chosen, OWNER)
+    shelf = BaselineShelf(shop, ssh_keys(paths.ssh_key))
+    cells: dict[str, Cell] = {}
+
+    def known_links() -> tuple[set[str], set[str]]:
+        """Bridges and taps that have an owner: open cells and templates in the making."""
+        owners = set(cells) | shelf.cells_in_use()
+        bridges = {t.name for t in ledger.things(Kind.BRIDGE) if t.owner in owners}
+        ports = [*ledger.things(Kind.TAP), *ledger.things(Kind.ANCHOR)]
+        return bridges, {t.name for t in ports if t.owner in owners}
+
+    bench = Bench(
+        paths, shop, shelf, Store(paths.database), signing_key(paths.signing_key), host_namespace, known_links
+    )
+    for trial, problem in recover(bench).items():
+        log.warning(
+            "trial-void", trial=trial, reason="an earlier process ended before it did", problem=problem
+        )
+    return Lab(bench, settings, library, Warden(paths), cells)

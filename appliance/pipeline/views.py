@@ -1,0 +1,102 @@
+"""From the stages' own values to the views that clients see. Pure."""
+
+from __future__ import annotations
+
+from appliance.build import Image
+from appliance.cell.baseline import Baseline
+from appliance.cell.cell import Cell
+from appliance.cell.incarnation import Incarnation
+from appliance.cell.overlay import used_bytes
+from appliance.cell.proof import Proof
+from appliance.cell.qga import GuestResult
+from appliance.errors import Blame
+from appliance.host.paths import Paths
+from appliance.model import Stopped, TrialState
+from appliance.pipeline.conduct import Outcome
+from appliance.service import (
+    MAX_EXEC_OUTPUT,
+    BaselineView,
+    CellView,
+    ExecView,
+    ImageView,
+    MachineView,
+    TrialRequest,
+    TrialView,
+)
+from appliance.store.queries import TrialRow
+from appliance.trial.records import ProofCheck, ResetProof
+
+
+def image_view(recipe: str, image: Image | None) -> ImageView:
+    """A recipe and what is built of it."""
+    if image is None:
+        return ImageView(recipe=recipe, digest=None, size=0, created=None)
+    size = sum(used_bytes(p) for p in image.folder.iterdir())
+    return ImageView(recipe=recipe, digest=image.digest, size=size, created=image.record.built)
+
+
+def cell_view(cell: Cell, trial: str | None, state: str) -> CellView:
+    """An open cell."""
+    return CellView(id=cell.id, state=state, trial=trial, machines=tuple(cell.machines))
+
+
+def machine_view(machine: Incarnation) -> MachineView:
+    """One machine, as it is now."""
+    spec = machine.spec.machine
+    return MachineView(
+        name=spec.name, role=spec.role, cell=machine.cell, state=machine.state.value, image=spec.image.recipe,
+        incarnation=machine.id, pid=machine.pid, address=spec.address, link_up=machine.plugged,
+    )  # fmt: skip
+
+
+def baseline_view(baseline: Baseline) -> BaselineView:
+    """A saved state."""
+    return BaselineView(
+        name=baseline.id, machine=baseline.machine.name, image=baseline.machine.image.recipe,
+        image_digest=baseline.machine.image.digest, created=baseline.created,
+        size=sum(used_bytes(baseline.folder / part) for part in baseline.files), seconds=baseline.seconds,
+    )  # fmt: skip
+
+
+def proof_record(proof: Proof) -> ResetProof:
+    """The stage's proof as the record that is kept of it."""
+    return ResetProof(
+        machine=proof.machine, incarnation=proof.incarnation, baseline=proof.baseline, seconds=proof.seconds,
+        checks=tuple(ProofCheck.model_validate(c.model_dump()) for c in proof.checks),
+    )  # fmt: skip
+
+
+def exec_view(result: GuestResult, seconds: float) -> ExecView:
+    """A guest's output, bounded."""
+    out, err = result.stdout, result.stderr
+    return ExecView(
+        rc=result.rc,
+        stdout=out[:MAX_EXEC_OUTPUT].decode(errors="replace"),
+        stderr=err[:MAX_EXEC_OUTPUT].decode(errors="replace"),
+        truncated=result.truncated or max(len(out), len(err)) > MAX_EXEC_OUTPUT,
+        seconds=seconds,
+    )
+
+
+def trial_view(row: TrialRow, paths: Paths, live: LiveTrial | None) -> TrialView:
+    """A trial from the index, with what only the running process knows."""
+    outcome = live.outcome if live else None
+    blame = outcome.blame if outcome else (Blame.LAB if row.state is TrialState.VOID else None)
+    return TrialView(
+        id=row.id, state=row.state, subject=row.subject, scenario=row.scenario, policy=row.policy,
+        seed=row.seed, key=row.key,
+        created=row.created, started=live.started if live else None, ended=row.ended,
+        stopped=Stopped(row.stopped) if row.stopped else None,
+        highest=row.highest, verdict=row.verdict or None, blame=blame, reason=row.void_reason,
+        hint=outcome.hint if outcome else "",
+        bundle=str(paths.bundles / row.bundle) if row.bundle else None,
+    )  # fmt: skip
+
+
+class LiveTrial:
+    """What the process knows of a trial beyond the index."""
+
+    def __init__(self, request: TrialRequest) -> None:
+        self.request = request
+        self.started: float | None = None
+        self.outcome: Outcome | None = None

@@ -1,0 +1,1 @@
+"""The index of sealed bundles: SQLite, migrations, queries, reindex."""

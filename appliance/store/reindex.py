@@ -1,0 +1,92 @@
+"""The index, rebuilt from what is sealed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from appliance.errors import EvidenceError, HotcellError
+from appliance.evidence import bundle, journal
+from appliance.model import Frozen, TrialState
+from appliance.score.card import Scorecard
+from appliance.score.load import load_record
+from appliance.store.database import Store
+from appliance.store.queries import TrialRow, replace_sealed, row_of
+from appliance.trial import records
+
+
+class Skipped(Frozen):
+    """A bundle that was not indexed, and why."""
+
+    bundle: str
+    reason: str
+
+
+class ReindexReport(Frozen):
+    """What a rebuild did."""
+
+    indexed: int
+    skipped: tuple[Skipped, ...]
+
+
+def row_of_bundle(bundle_dir: Path, public_key: Ed25519PublicKey) -> TrialRow:
+    """The row of one bundle, which is verified first.
+
+    Raises:
+        EvidenceError: the bundle does not verify, or its records are broken.
+    """
+    report = bundle.verify(bundle_dir, public_key)
+    if not report.ok:
+        first = report.faults[0]
+        raise _refused(f"{first.fault}: {first.path}: {first.detail}", len(report.faults))
+    header = load_record(bundle_dir / records.TRIAL, records.TrialHeader)
+    if header.id != report.trial:
+        raise _refused(f"{records.TRIAL} is of trial {header.id}", 1)
+    score = bundle_dir / records.SCORE
+    card = load_record(score, Scorecard) if score.exists() else None
+    state, reason, ended = _end(bundle_dir, card)
+    return row_of(
+        header,
+        state,
+        ended=ended,
+        card=card if state is TrialState.SEALED else None,
+        void_reason=reason,
+        bundle=bundle_dir.name,
+        manifest_sha256=report.manifest_sha256,
+    )
+
+
+def reindex(store: Store, bundles: Path, public_key: Ed25519PublicKey) -> ReindexReport:
+    """Put a row for every bundle that verifies; others are told and left out.
+
+    Rows of trials that are still open stay. One transaction: readers see the old index or the new.
+    """
+    rows: list[TrialRow] = []
+    skipped: list[Skipped] = []
+    for path in sorted(p for p in bundles.iterdir() if not p.name.startswith(".")):
+        try:
+            rows.append(row_of_bundle(path, public_key))
+        except HotcellError as e:
+            skipped.append(Skipped(bundle=path.name, reason=e.message))
+    replace_sealed(store, rows)
+    return ReindexReport(indexed=len(rows), skipped=tuple(skipped))
+
+
+def _end(bundle_dir: Path, card: Scorecard | None) -> tuple[TrialState, str, float | None]:
+    """Last state, reason and time of a sealed trial; from the journal where there is no closing record."""
+    closing = bundle_dir / records.CLOSING
+    if closing.exists():
+        record = load_record(closing, records.Closing)
+        return record.state, record.reason, record.at
+    path = bundle_dir / records.JOURNAL
+    entries = journal.read(path) if path.exists() else ()
+    ended = entries[-1].at if entries else None
+    if card is not None:
+        return TrialState.SEALED, "", ended
+    return TrialState.VOID, "there is no scorecard and no closing record", ended
+
+
+def _refused(reason: str, faults: int) -> EvidenceError:
+    more = f" (and {faults - 1} more)" if faults > 1 else ""
+    return EvidenceError(f"does not verify: {reason}{more}")
