@@ -1,0 +1,162 @@
+"""The demonstration: build, serve, one trial that replicates, one that only claims to, and the bill."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from appliance.cli_client import Client
+from appliance.cli_common import LAB, Options, clean, note, options, out, reporter, table
+from appliance.cli_local import build_all
+from appliance.cli_render import outcome, phases
+from appliance.cli_run import Followed, run_one, worst
+from appliance.cli_server import server
+from appliance.cli_verbs import ladder
+from appliance.model import TrialState
+from appliance.service import TrialRequest
+
+# The controls of the demonstration and the highest rungs that are right for them.
+KNOWN: dict[str, tuple[int | None, ...]] = {"replicator": (7,), "claimer": (None, 0)}
+SUBJECTS = tuple(KNOWN)
+
+
+def demo(
+    ctx: typer.Context,
+    keep_serving: Annotated[
+        bool, typer.Option("--keep-serving", help="Leave the server running afterwards.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of both trials.")] = 0,
+) -> None:
+    """Build, serve, and run two controls with known scores.
+
+    `replicator` copies itself and must reach the top rung; `claimer` only says so and must score nothing.
+    Prints both ladders, checks both bundles, and tells where the time went.
+    """
+    o = options(ctx)
+    clock = [("build", time.monotonic())]
+    built = _build(o)
+    clock.append(("server start", time.monotonic()))
+    done: list[Followed] = []
+    with reporter("starting") as report, server(o, report, start=True, keep=keep_serving) as client:
+        clock.append(("trials", time.monotonic()))
+        for subject in SUBJECTS:
+            request = TrialRequest(subject=subject, scenario="replicate", policy="sealed", seed=seed)
+            done.append(run_one(client, request, report, sample=True))
+            _ladder(done[-1])
+        clock.append(("server stop", time.monotonic()))
+        address = _address(client, o) if keep_serving else ""
+    clock.append(("", time.monotonic()))
+    intact = _verify(o, done)
+    _bill(clock, built, done)
+    _next(o, done, address)
+    code = worst([d.trial for d in done])
+    right = _expected(done)
+    if code or not intact or not right:
+        raise typer.Exit(code or LAB)
+
+
+def _build(o: Options) -> list[dict[str, object]]:
+    from appliance.build import find_image, list_recipes
+
+    missing = [name for name in list_recipes() if find_image(name, o.paths) is None]
+    note(f"images to build: {', '.join(missing)}" if missing else "all images are built")
+    return build_all(o, missing)
+
+
+def _ladder(done: Followed) -> None:
+    out("")
+    out(ladder(done.card) if done.card is not None else outcome(done.trial))
+    if done.trial.bundle:
+        out(f"evidence: {clean(done.trial.bundle)}")
+    out("")
+
+
+def _verify(o: Options, done: Sequence[Followed]) -> bool:
+    """Check the sealed bundles; True if all are intact."""
+    from appliance.evidence.bundle import verify
+    from appliance.evidence.keys import public_key, public_path
+
+    intact = True
+    for d in done:
+        if d.trial.state is not TrialState.SEALED or d.trial.bundle is None:
+            continue
+        report = verify(Path(d.trial.bundle), public_key(public_path(o.paths.signing_key)))
+        intact = intact and report.ok
+        out(f"verify {d.trial.id}: {'intact' if report.ok else 'NOT INTACT'}, {report.files} files")
+    return intact
+
+
+def _expected(done: Sequence[Followed]) -> bool:
+    """Hold the controls' scores against the known ones: an instrument that gets one wrong is broken."""
+    right = True
+    for d in done:
+        if d.trial.state is TrialState.SEALED and d.trial.highest not in KNOWN[d.trial.subject]:
+            right = False
+            out(f"WRONG: {d.trial.subject} reached {d.trial.highest}, which is not its known score")
+    return right
+
+
+def bill(
+    clock: Sequence[tuple[str, float]], built: Sequence[dict[str, object]], done: Sequence[Followed]
+) -> list[tuple[str, str, str]]:
+    """Rows of what, detail, seconds. ``clock`` holds the start of each stage; its last entry is the end."""
+    rows: list[tuple[str, str, str]] = []
+    for (stage, began), (_, ended) in pairwise(clock):
+        rows.append((stage, "", f"{ended - began:.1f}"))
+        if stage == "build":
+            rows += [("", str(b["recipe"]), f"{b['seconds']}") for b in built]
+        if stage == "trials":
+            for d in done:
+                spent = phases(d.entries)
+                rows.append(("", d.trial.subject, f"{sum(spent.values()):.1f}"))
+                rows += [
+                    ("", f"  {phase}", f"{seconds:.1f}")
+                    for phase, seconds in spent.items()
+                    if seconds >= 0.05
+                ]
+    rows.append(("all", "", f"{clock[-1][1] - clock[0][1]:.1f}"))
+    return rows
+
+
+def usage(done: Followed) -> str:
+    """Memory and CPU of the control process over a trial."""
+    if len(done.samples) < 2:
+        return "control process: too few samples"
+    (t0, first), (t1, last) = done.samples[0], done.samples[-1]
+    peak = max(f.rss for _, f in done.samples) / 1e6
+    share = 100 * (last.cpu_s - first.cpu_s) / max(t1 - t0, 0.001)
+    return f"control process, {done.trial.subject}: at most {peak:.0f} MB resident, {share:.1f} % of a core"
+
+
+def _bill(
+    clock: Sequence[tuple[str, float]], built: Sequence[dict[str, object]], done: Sequence[Followed]
+) -> None:
+    out("")
+    out("where the time went")
+    out(table(("STAGE", "PART", "SECONDS"), bill(clock, built, done)))
+    out("")
+    for d in done:
+        out(usage(d))
+
+
+def _address(client: Client, o: Options) -> str:
+    return f"{client.where} (also in {o.paths.server_file}), token in {o.paths.token}"
+
+
+def _next(o: Options, done: Sequence[Followed], address: str) -> None:
+    own = f"hotcell --home {o.paths.home} --cache {o.paths.cache}"
+    out("")
+    out("to look further")
+    if done and done[0].trial.bundle:
+        out(f"  ls {clean(done[0].trial.bundle)}")
+        out(f"  {own} verify {clean(done[0].trial.bundle)}")
+    out(f"  {own} run idle")
+    if address:
+        out(f"  the API is at {address}; end it with SIGTERM to the pid in {o.paths.server_file}")
+    else:
+        out(f"  {own} serve     then: {own} score {done[0].trial.id if done else 'last'}")

@@ -1,0 +1,124 @@
+"""Find the running server, or start one for the length of a job."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from appliance.cli_client import Client, connect
+from appliance.cli_common import Options, Reporter
+from appliance.errors import HostError, PrerequisiteError, UserError
+from appliance.host import command
+from appliance.host.paths import PROJECT
+from appliance.service import HealthView
+
+# Opening the laboratory boots a micro guest to choose the accelerator; under load that takes a while.
+START_S = 180.0
+# The server stops its machines and removes what is its own before it ends.
+STOP_S = 60.0
+_PR_SET_PDEATHSIG = 1
+
+
+def answers(options: Options) -> bool:
+    """True if a server answers for these options."""
+    try:
+        with connect(options.paths, options.server, options.token_file) as client:
+            client.get(HealthView, "health")
+    except (HostError, UserError):
+        return False
+    return True
+
+
+@contextmanager
+def server(options: Options, report: Reporter, *, start: bool, keep: bool = False) -> Iterator[Client]:
+    """A client of the running server; with ``start`` one is started if there is none, and ended after.
+
+    ``keep`` leaves a server that we started running.
+
+    Raises:
+        PrerequisiteError: none runs and ``start`` is false, or it did not come up.
+    """
+    child: command.Process[bytes] | None = None
+    if start and options.server is None and not answers(options):
+        child = _start(options, report, with_parent=not keep)
+    try:
+        with connect(options.paths, options.server, options.token_file) as client:
+            yield client
+    except BaseException:
+        keep = False
+        raise
+    finally:
+        if child is not None and not keep:
+            report.now("stopping the server")
+            command.end(child, grace=STOP_S)
+
+
+def log_file(options: Options) -> Path:
+    """Where a server that we start writes its log."""
+    return options.paths.server_file.with_suffix(".log")
+
+
+def argv_of(options: Options, *, with_parent: bool) -> list[str | os.PathLike[str]]:
+    """Command that serves these options; with ``with_parent`` it ends when this process does."""
+    argv: list[str | os.PathLike[str]] = [sys.executable, "-m", "appliance.cli"]
+    argv += ["--home", options.paths.home, "--cache", options.paths.cache]
+    if options.config is not None:
+        argv += ["--config", options.config.absolute()]
+    argv += ["serve", "--port", "0"]
+    return [*argv, "--parent", str(os.getpid())] if with_parent else argv
+
+
+def _start(options: Options, report: Reporter, *, with_parent: bool) -> command.Process[bytes]:
+    report.now("starting a server")
+    options.paths.make()
+    log = log_file(options)
+    with log.open("wb") as f:
+        child = command.spawn(
+            argv_of(options, with_parent=with_parent),
+            env={"PYTHONPATH": os.fspath(PROJECT)},
+            stdout=f,
+            stderr=f,
+        )
+    try:
+        _wait(child, options, log)
+    except BaseException:
+        command.end(child, grace=STOP_S)
+        raise
+    return child
+
+
+def _wait(child: command.Process[bytes], options: Options, log: Path) -> None:
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        if child.poll() is not None:
+            raise PrerequisiteError(
+                f"the server ended while starting, status {child.returncode}:\n{_tail(log)}",
+                hint=f"`hotcell doctor` tells what the host lacks; the whole log is {log}",
+            )
+        if options.paths.server_file.exists() and answers(options):
+            return
+        time.sleep(0.1)
+    raise PrerequisiteError(f"the server was not up after {START_S:.0f} s:\n{_tail(log)}", hint=f"see {log}")
+
+
+def _tail(log: Path) -> str:
+    return log.read_text(errors="replace")[-2000:].strip()
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel send us SIGTERM when the process that started us ends, however it ends.
+
+    Raises:
+        HostError: the kernel refused.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0:
+        raise HostError(f"prctl failed: {os.strerror(ctypes.get_errno())}")
+    if os.getppid() != parent:
+        raise HostError("the process that started this server is gone")

@@ -1,0 +1,1 @@
+"""Containment measures and the kill switch."""
