@@ -1,0 +1,1 @@
+"""Fakes that tests and demonstrations without virtual machines share."""

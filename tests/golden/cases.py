@@ -1,0 +1,40 @@
+"""The machines whose domain XML is kept, and what may not change about it silently."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+from fakes.machine import machine_spec
+
+from appliance.cell.domain import DomainSpec
+from appliance.model import Accelerator
+
+_FOLDER = Path("/var/lib/hotcell/cells/t20260101-000000-0a1b2c/origin-0a1b2c3d")
+# file name -> machine, clone or template, accelerator
+CASES: dict[str, tuple[str, bool, Accelerator]] = {
+    "template-tcg": ("origin", False, Accelerator.TCG),
+    "clone-tcg": ("origin", True, Accelerator.TCG),
+    "template-kvm": ("target-1", False, Accelerator.KVM),
+    "clone-kvm": ("target-1", True, Accelerator.KVM),
+    "world-tcg": ("world", True, Accelerator.TCG),
+}
+
+
+def domain_spec(case: str) -> DomainSpec:
+    """A specification in which nothing depends on the day or the host."""
+    name, incoming, accelerator = CASES[case]
+    return DomainSpec(
+        domain=f"hc-t20260101-000000-0a1b2c-{name}-0a1b2c3d", uuid="11111111-2222-4333-8444-555555555555",
+        owner="hotcell", machine=machine_spec(name), accelerator=accelerator, overlay=_FOLDER / "disk.qcow2",
+        ram_file=Path("/var/lib/hotcell/baselines/origin-0123456789ab/ram"), incoming=incoming,
+        bridge="hcb01234567", tap="hct01234567", events_socket=_FOLDER / "events",
+        serial_log=_FOLDER / "console.log",
+    )  # fmt: skip
+
+
+def indented(xml: str) -> str:
+    """One element a line, so that a difference is a line."""
+    tree = ET.fromstring(xml)
+    ET.indent(tree)
+    return ET.tostring(tree, encoding="unicode") + "\n"

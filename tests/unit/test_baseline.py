@@ -1,0 +1,309 @@
+"""Baselines: found by what they were made from, used only if their files are what was saved."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from fakes.cells import Host, host
+from fakes.machine import FACTS, incarnation, machine_spec
+
+from appliance.cell import baseline as module
+from appliance.cell import migration
+from appliance.cell.baseline import (
+    DISK,
+    RAM,
+    RECORD,
+    STATE,
+    Baseline,
+    baseline_key,
+    check_files,
+    find,
+    making,
+    prove,
+    publish,
+    read,
+    record_expected,
+    restore,
+)
+from appliance.cell.incarnation import Incarnation
+from appliance.errors import LabError, ResetError
+from appliance.model import Accelerator
+
+VERSIONS = {"libvirt": "9.0.0", "qemu": "7.2.0"}
+
+
+@pytest.fixture
+def h(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    monkeypatch.setattr(module, "_SETTLE_S", 0.0)
+    with host(monkeypatch) as made:
+        yield made
+
+
+def saved(h: Host, name: str = "origin", key: str = "k" * 64) -> Baseline:
+    """A published baseline with small files."""
+    with making(h.shop, f"{name}-{key[:12]}", "make-1") as (folder, final):
+        for part in (RAM, STATE, DISK):
+            (folder / part).write_bytes(part.encode() * 100)
+        record = h.baseline(name).model_copy(update={"key": key, "folder": final})
+        return publish(record, folder)
+
+
+def test_a_published_baseline_is_found_and_good(h: Host) -> None:
+    made = saved(h)
+    assert find(h.paths, "origin", made.key) == made
+    check_files(made)
+    check_files(made, read=True)
+    assert {p.name for p in made.folder.iterdir()} == {RAM, STATE, DISK, RECORD}
+    assert all((made.folder / part).stat().st_mode & 0o777 == 0o400 for part in (RAM, STATE, DISK))
+    assert h.ledger.things() == []
+    assert [p.name for p in h.paths.baselines.iterdir()] == [made.folder.name]
+
+
+def rewrite(path: Path) -> None:
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content[:-1] + b"X")
+
+
+def same_content(path: Path) -> None:
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content)
+
+
+def flip(path: Path) -> None:
+    """In place, and with the times set back: only ctime tells."""
+    stat = path.stat()
+    path.chmod(0o600)
+    with path.open("r+b") as f:
+        f.write(b"X")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize("part", [RAM, STATE, DISK])
+@pytest.mark.parametrize("change", [Path.unlink, rewrite, flip])
+def test_a_file_that_changed_is_not_used(h: Host, part: str, change: Callable[[Path], None]) -> None:
+    made = saved(h)
+    change(made.folder / part)
+    with pytest.raises(ResetError, match=part):
+        check_files(made)
+    with pytest.raises(ResetError):
+        restore(h.shop, made, "c1")
+    assert h.left == []
+
+
+def test_a_file_that_was_only_moved_about_is_read_and_good(h: Host) -> None:
+    made = saved(h)
+    same_content(made.folder / DISK)
+    check_files(made)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"\xff\xfe\x00", b"[" * 10_000, None])
+def test_a_record_that_is_none_counts_as_no_baseline(h: Host, content: bytes | None) -> None:
+    made = saved(h)
+    record = made.folder / RECORD
+    record.unlink()
+    if content is not None:
+        record.write_bytes(content)
+    assert read(made.folder) is None
+    assert find(h.paths, "origin", made.key) is None
+    assert saved(h).folder == made.folder, "and is replaced by the next that is made"
+
+
+def test_another_homes_baseline_is_not_ours(h: Host, tmp_path: Path) -> None:
+    """A copied home: its records name the first home's files."""
+    made = saved(h)
+    copy = tmp_path / made.folder.name
+    shutil.copytree(made.folder, copy)
+    assert read(copy) is None
+    assert read(made.folder) == made
+
+
+def test_a_key_of_the_same_beginning_is_another_baseline(h: Host) -> None:
+    made = saved(h)
+    assert find(h.paths, "origin", made.key[:12] + "x" * 52) is None
+
+
+def test_a_good_baseline_is_never_replaced(h: Host) -> None:
+    made = saved(h)
+    with pytest.raises(LabError, match="already"):
+        saved(h)
+    check_files(made, read=True)
+    assert h.ledger.things() == []
+    assert len(list(h.paths.baselines.iterdir())) == 1
+
+
+def test_a_making_that_fails_leaves_nothing(h: Host) -> None:
+    with pytest.raises(ZeroDivisionError), making(h.shop, "origin-x", "make-1") as (folder, _final):  # noqa: PT012 - the block is what fails
+        assert [t.name for t in h.ledger.things()] == [str(folder)], "its row came first"
+        (folder / RAM).write_bytes(b"x")
+        raise ZeroDivisionError
+    assert list(h.paths.baselines.iterdir()) == []
+    assert h.ledger.things() == []
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda: baseline_key(machine_spec("target-1"), Accelerator.TCG, VERSIONS, "r"),
+        lambda: baseline_key(
+            machine_spec().model_copy(update={"memory_mib": 1024}), Accelerator.TCG, VERSIONS, "r"
+        ),
+        lambda: baseline_key(machine_spec(), Accelerator.KVM, VERSIONS, "r"),
+        lambda: baseline_key(machine_spec(), Accelerator.TCG, {**VERSIONS, "qemu": "8.0.0"}, "r"),
+        lambda: baseline_key(machine_spec(), Accelerator.TCG, VERSIONS, "r2"),
+    ],
+    ids=["machine", "memory", "accelerator", "qemu", "recipe"],
+)
+def test_the_key_changes_with_what_a_baseline_depends_on(changed: Callable[[], str]) -> None:
+    assert changed() != baseline_key(machine_spec(), Accelerator.TCG, VERSIONS, "r")
+    assert changed() == changed()
+
+
+def test_the_key_changes_with_the_hosts_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = baseline_key(machine_spec(), Accelerator.TCG, VERSIONS, "r")
+    monkeypatch.setattr(module, "_cpu_model", lambda: "another")
+    assert baseline_key(machine_spec(), Accelerator.TCG, VERSIONS, "r") != before
+
+
+# -- facts and proof -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def machine(h: Host) -> Incarnation:
+    made = incarnation(h.paths.cells, h.libvirt, h.ledger)
+    made.start()
+    made.resume()
+    return made
+
+
+def test_what_is_recorded_is_what_a_clone_is_held_against(
+    h: Host, machine: Incarnation, tmp_path: Path
+) -> None:
+    expected = record_expected(machine, tmp_path / "b", (Path("/image/disk"),))
+    assert h.guest("origin").file("/run/hotcell-baseline").read_text() == expected.nonce
+    assert expected.chain == (tmp_path / "b" / DISK, Path("/image/disk"))
+    assert expected.ram_file == tmp_path / "b" / RAM
+    assert (expected.boot_id, expected.processes) == ("b0", ("init 1 1",))
+
+
+def test_the_process_list_has_to_settle(h: Host, machine: Incarnation, tmp_path: Path) -> None:
+    lists = [["init 1 1", "udev 9 9"], ["init 1 1", "udev 9 9", "udev 10 10"], ["init 1 1"], ["init 1 1"]]
+    guest = h.guest("origin")
+    guest._facts = lambda _arg: FACTS | {"processes": lists.pop(0) if len(lists) > 1 else lists[0]}  # type: ignore
+    assert record_expected(machine, tmp_path, ()).processes == ("init 1 1",)
+
+
+@pytest.mark.parametrize("state", ["silent", "tampering", "gone"])
+def test_a_guest_that_does_not_answer_is_a_failed_check(
+    h: Host, machine: Incarnation, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    monkeypatch.setattr(module, "host_checks", lambda _clone, _expected: iter(()))
+    if state == "tampering":
+        h.guest("origin").facts = {"boot_id": 5}
+    elif state == "gone":
+        h.libvirt.power_off("origin")
+        machine.spec.serial_log.write_bytes(b"Kernel panic\n\x1b[2J")
+    else:
+        monkeypatch.setattr(
+            machine, "wait_for_agent", lambda _limit: (_ for _ in ()).throw(LabError("silent"))
+        )
+    proof = prove(machine, h.baseline("origin"), 0.0)
+    assert not proof.proved
+    assert [c.name for c in proof.checks] == ["guest answers"]
+    assert proof.failures.isprintable()
+
+
+# -- state through a socket, with QEMU's side played ------------------------------------------------------
+
+
+def test_state_is_saved_from_the_stream_that_qemu_sends(machine: Incarnation, tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def qmp(command: str, arguments: dict[str, object] | None = None) -> object:
+        asked.append(command)
+        if command == "migrate":
+            assert arguments is not None
+            path = str(arguments["uri"]).removeprefix("unix:")
+
+            def send() -> None:
+                with socket.socket(socket.AF_UNIX) as s:
+                    s.connect(path)
+                    s.sendall(b"state" * 50_000)
+
+            threading.Thread(target=send).start()
+        return {"status": "completed"}
+
+    machine.qmp = qmp  # type: ignore[method-assign]
+    assert migration.save_state(machine, tmp_path / "state", limit_s=10) == 250_000
+    assert (tmp_path / "state").read_bytes() == b"state" * 50_000
+    assert asked == ["migrate-set-capabilities", "migrate", "query-migrate"]
+    assert not (machine.folder / "state.sock").exists()
+
+
+def test_a_qemu_that_sends_nothing_is_a_lab_error(machine: Incarnation, tmp_path: Path) -> None:
+    with pytest.raises(LabError, match="could not save"):
+        migration.save_state(machine, tmp_path / "state", limit_s=0.2)
+
+
+def test_a_stream_that_does_not_end_is_cut(
+    machine: Incarnation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RAM that was not left out would fill the disk."""
+    monkeypatch.setattr(migration, "_MAX_STATE", 1 << 20)
+
+    def qmp(command: str, arguments: dict[str, object] | None = None) -> object:
+        if command == "migrate":
+            assert arguments is not None
+            path = str(arguments["uri"]).removeprefix("unix:")
+
+            def send() -> None:
+                with socket.socket(socket.AF_UNIX) as s:
+                    s.connect(path)
+                    try:
+                        for _ in range(1000):
+                            s.sendall(bytes(65536))
+                    except OSError:
+                        return
+
+            threading.Thread(target=send).start()
+        return {"status": "active"}
+
+    machine.qmp = qmp  # type: ignore[method-assign]
+    with pytest.raises(LabError, match="does not end"):
+        migration.save_state(machine, tmp_path / "state", limit_s=10)
+    assert (tmp_path / "state").stat().st_size <= 1 << 20
+
+
+def test_a_migration_that_fails_is_a_lab_error(machine: Incarnation, tmp_path: Path) -> None:
+    def qmp(command: str, arguments: dict[str, object] | None = None) -> object:
+        if command == "migrate":
+            assert arguments is not None
+            with socket.socket(socket.AF_UNIX) as s:
+                s.connect(str(arguments["uri"]).removeprefix("unix:"))
+        return {"status": "failed"}
+
+    machine.qmp = qmp  # type: ignore[method-assign]
+    with pytest.raises(LabError, match="failed"):
+        migration.save_state(machine, tmp_path / "state", limit_s=5)
+
+
+def test_a_clone_that_does_not_listen_is_a_lab_error(machine: Incarnation, tmp_path: Path) -> None:
+    (tmp_path / "state").write_bytes(b"x")
+    with pytest.raises(LabError, match="could not load"):
+        migration.load_state(machine, tmp_path / "state", limit_s=1)
+
+
+def test_a_restore_that_breaks_leaves_nothing(h: Host) -> None:
+    """In memory nobody listens for the state: the clone is started, and then destroyed."""
+    with pytest.raises(LabError, match="could not load"):
+        restore(h.shop, saved(h), "c1")
+    assert ("start", h.libvirt.done[0][1]) in h.libvirt.done
+    assert h.libvirt.domains == {}
+    assert h.ledger.things() == []

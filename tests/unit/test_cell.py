@@ -1,0 +1,276 @@
+"""A cell: nothing is plugged before every proof, nothing is left at its end, no failure hides another machine."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+
+import pytest
+from fakes.cells import Host, host
+from fakes.machine import is_domain_name
+
+from appliance.cell import incarnation as incarnation_module
+from appliance.cell import netlink, overlay
+from appliance.cell.cell import Cell
+from appliance.cell.incarnation import is_domain_process, kill_domain_process
+from appliance.cell.ledger import Kind
+from appliance.cell.libvirt_door import DomainState
+from appliance.cell.proof import Proof
+from appliance.errors import CommandError, LabError, NotFoundError, ResetError
+
+ALL = ("origin", "target-1", "world")
+
+
+@pytest.fixture
+def h(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    with host(monkeypatch) as made:
+        yield made
+
+
+def test_a_cells_life(h: Host) -> None:
+    cell = h.cell(*ALL)
+    assert set(cell.machines) == set(ALL)
+    assert h.net.plugged == {}
+    assert all(m.state is DomainState.RUNNING for m in cell.machines.values())
+    assert all(is_domain_name(m.domain) for m in cell.machines.values())
+    cell.plug_all()
+    assert set(h.net.plugged.values()) == {cell.bridge}
+    assert all(m.plugged for m in cell.machines.values())
+    cell.cut()
+    assert h.net.plugged == {}
+    cell.close()
+    assert h.left == []
+
+
+def test_everything_has_its_row_before_it_exists(h: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each moment something is made, its row is there already."""
+    seen: list[str] = []
+
+    def rows(kind: Kind) -> set[str]:
+        return {t.name for t in h.ledger.things(kind)}
+
+    make_bridge, start, make_overlay = h.net.create_bridge, h.libvirt.start, overlay.create_overlay
+
+    def bridge(name: str, anchor: str = "") -> None:
+        assert name in rows(Kind.BRIDGE)
+        assert not anchor or anchor in rows(Kind.ANCHOR)
+        seen.append("bridge")
+        make_bridge(name, anchor)
+
+    def domain(xml: str, *, paused: bool) -> None:
+        assert any(f"<name>{name}</name>" in xml for name in rows(Kind.DOMAIN))
+        assert any(f'dev="{name}"' in xml for name in rows(Kind.TAP))
+        assert paused, "a machine that runs before it is cut off could send"
+        seen.append("domain")
+        start(xml, paused=paused)
+
+    def disk(top: object, backing: object) -> None:
+        assert str(top).rpartition("/")[0] in rows(Kind.FOLDER)
+        seen.append("overlay")
+        make_overlay(top, backing)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(netlink, "create_bridge", bridge)
+    monkeypatch.setattr(h.libvirt, "start", domain)
+    monkeypatch.setattr(overlay, "create_overlay", disk)
+    h.cell("origin").close()
+    assert seen == ["bridge", "overlay", "domain"]
+
+
+def test_a_machine_is_cut_off_before_it_first_runs(h: Host) -> None:
+    h.on_restore = lambda clone: seen.append(("unplug", clone.spec.tap) in h.net.done)
+    seen: list[bool] = []
+    h.cell("origin", cell_id="c2")
+    assert seen == [True], "the tap was off its bridge before the clone was resumed"
+
+
+def test_one_machine_without_proof_keeps_all_unplugged(h: Host) -> None:
+    h.unproved = {"target-1"}
+    cell, proofs = Cell("c1", h.shop), list[Proof]()
+    cell.open()
+    with pytest.raises(ResetError, match="withheld: target-1"):
+        cell.restore_all([h.baseline(n) for n in ALL], proofs.append)
+    assert [p.machine for p in proofs] == list(ALL), "every proof is told, also the failed one"
+    assert "target-1" not in cell.machines, "what is not proved is destroyed"
+    assert h.net.plugged == {}
+    cell.close()
+    assert h.left == []
+
+
+def test_a_machine_that_does_not_restore_leaves_none_behind(h: Host) -> None:
+    h.broken = {"target-1"}
+    cell = Cell("c1", h.shop)
+    cell.open()
+    with pytest.raises(OSError, match="target-1"):
+        cell.restore_all([h.baseline(n) for n in ALL], lambda _p: None)
+    cell.close()
+    assert h.left == []
+
+
+def test_an_unproved_machine_that_withstands_stays_known(h: Host) -> None:
+    h.unproved, h.libvirt.refuse = {"origin"}, {"destroy origin"}
+    cell = Cell("c1", h.shop)
+    cell.open()
+    with pytest.raises(ResetError):
+        cell.restore_all([h.baseline("origin")], lambda _p: None)
+    assert "origin" in cell.machines
+    h.libvirt.refuse = set()
+    cell.close()
+    assert h.left == []
+
+
+def test_an_overlay_that_cannot_be_made_leaves_nothing(h: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(top: object, backing: object) -> None:
+        raise CommandError("qemu-img: No space left on device")
+
+    monkeypatch.setattr(overlay, "create_overlay", full)
+    cell = Cell("c1", h.shop)
+    cell.open()
+    with pytest.raises(CommandError):
+        cell.restore_all([h.baseline("origin")], lambda _p: None)
+    cell.close()
+    assert h.left == []
+
+
+@pytest.mark.parametrize("refused", ["destroy origin", "destroy target-1"])
+def test_a_machine_that_cannot_be_destroyed_does_not_save_the_others(h: Host, refused: str) -> None:
+    cell = h.cell(*ALL)
+    cell.plug_all()
+    h.libvirt.refuse = {refused}
+    with pytest.raises(LabError):
+        cell.close()
+    assert h.net.plugged == {}, "all are cut"
+    survivor = refused.split(" ")[1]
+    assert len(h.libvirt.domains) == 1
+    assert [t.kind for t in h.ledger.things(Kind.DOMAIN)] == [Kind.DOMAIN], "its row stays for the sweep"
+    assert list(cell.machines) == [survivor]
+    h.libvirt.refuse = set()
+    cell.close()
+    assert h.left == []
+
+
+def test_a_link_that_cannot_be_cut_does_not_save_its_machine(h: Host) -> None:
+    cell = h.cell(*ALL)
+    cell.plug_all()
+    h.net.refuse = {"unplug"}
+    with pytest.raises(LabError):
+        cell.close()
+    assert h.libvirt.domains == {}
+
+
+def test_cut_tries_every_link_and_says_how_many_failed(h: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = h.cell(*ALL)
+    cell.plug_all()
+    first = next(iter(cell.machines.values()))
+
+    def no(self: object = None) -> None:
+        raise LabError("no")
+
+    monkeypatch.setattr(first, "unplug", no)
+    with pytest.raises(LabError, match="1 links were not cut"):
+        cell.cut()
+    assert len(h.net.plugged) == 1
+
+
+def test_a_condemned_cell_is_never_plugged_again(h: Host) -> None:
+    cell = h.cell("origin")
+    cell.plug_all()
+    cell.condemn()
+    assert h.net.plugged == {}
+    with pytest.raises(LabError, match="cut for good"):
+        cell.plug_all()
+    assert h.net.plugged == {}
+    cell.close()
+
+
+def test_condemning_while_another_thread_plugs_leaves_nothing_plugged(h: Host) -> None:
+    cell = h.cell(*ALL)
+    start = threading.Barrier(2)
+    failures: list[Exception] = []
+
+    def plug() -> None:
+        start.wait()
+        try:
+            for _ in range(50):
+                cell.plug_all()
+        except LabError as e:
+            failures.append(e)
+
+    thread = threading.Thread(target=plug)
+    thread.start()
+    start.wait()
+    cell.condemn()
+    thread.join()
+    assert h.net.plugged == {}
+    assert len(failures) <= 1
+
+
+def test_replacing_a_machine_gives_a_new_incarnation_unplugged(h: Host) -> None:
+    cell = h.cell("origin", "target-1")
+    cell.plug_all()
+    old = cell.machine("target-1")
+    proof = cell.replace(h.baseline("target-1"), lambda _p: None)
+    new = cell.machine("target-1")
+    assert (proof.incarnation, new.plugged) == (new.id, False)
+    assert new.id != old.id
+    assert old.state is DomainState.GONE
+    assert not old.folder.exists()
+    assert len(h.net.plugged) == 1
+
+
+def test_an_old_incarnation_that_withstands_is_not_replaced(h: Host) -> None:
+    cell = h.cell("origin")
+    h.libvirt.refuse = {"destroy origin"}
+    old = cell.machine("origin")
+    with pytest.raises(LabError):
+        cell.replace(h.baseline("origin"), lambda _p: None)
+    assert cell.machine("origin") is old
+
+
+def test_a_machine_by_an_unknown_name_is_told_with_the_known_ones(h: Host) -> None:
+    with pytest.raises(NotFoundError) as e:
+        h.cell("origin", "world").machine("target-7")
+    assert "origin, world" in e.value.hint
+
+
+def test_destroy_may_be_repeated_and_close_too(h: Host) -> None:
+    cell = h.cell("origin")
+    machine = cell.machine("origin")
+    machine.destroy()
+    machine.destroy()
+    cell.close()
+    cell.close()
+    assert h.left == []
+
+
+def test_destroy_of_a_machine_that_powered_off_by_itself(h: Host) -> None:
+    cell = h.cell("origin")
+    h.libvirt.power_off("origin")
+    cell.close()
+    assert h.left == []
+
+
+def test_the_console_is_printable_and_bounded(h: Host) -> None:
+    machine = h.cell("origin").machine("origin")
+    assert machine.console_tail() == ""
+    machine.spec.serial_log.write_bytes(b"x" * 100_000 + b"\x1b[2J\x00\xff\nKernel panic\n")
+    tail = machine.console_tail(2000)
+    assert tail.endswith("Kernel panic\n")
+    assert len(tail) <= 2000
+    assert all(c.isprintable() or c == "\n" for c in tail)
+
+
+def test_waiting_for_a_machine_that_went_down_ends_with_its_console(h: Host) -> None:
+    machine = h.cell("origin").machine("origin")
+    machine.spec.serial_log.write_text("end Kernel panic - not syncing\n")
+    h.libvirt.power_off("origin")
+    with pytest.raises(LabError, match="not syncing"):
+        machine.wait_for_agent(5)
+
+
+def test_a_pid_that_is_not_the_domains_is_never_killed() -> None:
+    assert not is_domain_process(os.getpid(), "hc-c1-origin-0a1b2c3d")
+    assert not kill_domain_process(os.getpid(), "hc-c1-origin-0a1b2c3d")
+    assert not kill_domain_process(None, "x")
+    assert not kill_domain_process(1 << 22, "x")
+    assert incarnation_module.is_domain_process(1 << 22, "x") is False

@@ -1,0 +1,134 @@
+"""Verbs that start a server for the length of their job."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fakes import server as fake_server
+from fakes.running import short_home
+
+from appliance import cli_demo, cli_server
+from appliance.cli import main
+from appliance.cli_common import Options
+from appliance.host import command
+from appliance.host.paths import PROJECT, Paths
+
+
+@pytest.fixture
+def home() -> Iterator[Paths]:
+    with short_home() as paths:
+        yield paths
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verbs start the laboratory in memory instead of a real one."""
+
+    def argv(options: Options, *, with_parent: bool) -> list[str | os.PathLike[str]]:
+        return [sys.executable, fake_server.__file__, options.paths.home, options.paths.cache]
+
+    monkeypatch.setattr(cli_server, "argv_of", argv)
+
+
+def call(paths: Paths, *argv: str) -> int:
+    with pytest.raises(SystemExit) as end:
+        main(["--home", os.fspath(paths.home), "--cache", os.fspath(paths.cache), *argv])
+    return int(end.value.code or 0)
+
+
+@pytest.mark.usefixtures("fake")
+def test_run_starts_a_server_and_ends_it(home: Paths, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(home, "run", "replicator") == 0
+    assert "lasting" in capsys.readouterr().out
+    assert (home.home / "order").read_text().splitlines()[-1] == "closed announced=False"
+    assert not home.server_file.exists()
+    assert not home.api_socket.exists()
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_refused_run_ends_the_server_too(home: Paths) -> None:
+    assert call(home, "run", "nobody") == 2
+    assert not home.api_socket.exists()
+
+
+def test_a_server_that_does_not_come_up_is_the_hosts_fault(
+    home: Paths, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = "import sys; sys.exit('no libvirt here')"
+    monkeypatch.setattr(cli_server, "argv_of", lambda *_, **__: [sys.executable, "-c", code])
+    assert call(home, "run", "idle") == 3
+    said = capsys.readouterr().err
+    assert "no libvirt here" in said
+    assert "hotcell doctor" in said
+
+
+def test_the_child_gets_the_same_home_and_settings(home: Paths) -> None:
+    options = Options(home, Path("/etc/x.toml"), None, None)
+    argv = [os.fspath(a) for a in cli_server.argv_of(options, with_parent=True)]
+    assert argv[argv.index("--home") + 1] == os.fspath(home.home)
+    assert argv[argv.index("--config") + 1] == "/etc/x.toml"
+    assert argv[-2:] == ["--parent", str(os.getpid())]
+    assert "--parent" not in cli_server.argv_of(options, with_parent=False)
+
+
+def test_a_server_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
+    child = (
+        "import sys, os, signal; from appliance.cli_server import die_with_parent; "
+        "die_with_parent(int(sys.argv[1])); print(os.getpid(), flush=True); signal.pause()"
+    )
+    parent = (
+        "import os, sys; from appliance.host import command; "
+        f"command.spawn([sys.executable, '-c', {child!r}, str(os.getpid())], "
+        "env={'PYTHONPATH': os.environ['PYTHONPATH']}, stdout=1).wait()"
+    )
+    with (tmp_path / "pid").open("wb") as f:
+        process = command.spawn([sys.executable, "-c", parent], env={"PYTHONPATH": str(PROJECT)}, stdout=f)
+    limit = time.monotonic() + 10
+    while not (tmp_path / "pid").read_text().strip():
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+    pid = int((tmp_path / "pid").read_text())
+    process.send_signal(signal.SIGKILL)
+    process.wait(5)
+    while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]:
+        assert time.monotonic() < limit, "the child outlived its parent"
+        time.sleep(0.02)
+
+
+# The demo leaves a kept server unwaited on purpose; the test reaps it below.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_demo_shows_both_ladders_and_the_bill(
+    home: Paths, keep: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli_demo, "_build", lambda o: [{"recipe": "world", "seconds": 9.5}])
+    monkeypatch.setattr(cli_demo, "_verify", lambda o, done: True)
+    try:
+        assert call(home, "demo", *(["--keep-serving"] if keep else [])) == 0
+        said = capsys.readouterr().out
+        assert said.count("clean start") == 2
+        for word in (
+            "evidence: ",
+            "where the time went",
+            "world",
+            "replicator",
+            "claimer",
+            "to look further",
+        ):
+            assert word in said
+        assert home.api_socket.exists() is keep
+        assert ("the API is at" in said) is keep
+    finally:
+        if keep:  # a child of this test, started by the demo above, in a home of this test's own
+            pid = json.loads(home.server_file.read_text())["pid"]
+            os.kill(pid, signal.SIGTERM)
+            os.waitpid(pid, 0)
+    assert not home.api_socket.exists()

@@ -1,0 +1,149 @@
+"""Disks are made with mkfs.ext4 and qemu-img, and read back in user space."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from appliance.evidence import disk, disk_worker
+from appliance.evidence.disk import DiskQuestion
+from appliance.trial.records import WeightFile
+
+CONTENT = bytes(range(256)) * 400  # 102400 bytes: several blocks
+OTHER = CONTENT[::-1]
+
+
+def weight(name: str, content: bytes) -> WeightFile:
+    return WeightFile(name=name, size=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+def make_image(folder: Path, tree: Path, size: str = "16M") -> Path:
+    raw = folder / "base.raw"
+    subprocess.run(["mkfs.ext4", "-q", "-d", tree, raw, size], check=True, capture_output=True)
+    base, overlay = folder / "base.qcow2", folder / "overlay.qcow2"
+    subprocess.run(["qemu-img", "convert", "-O", "qcow2", raw, base], check=True)
+    subprocess.run(
+        ["qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", overlay], check=True
+    )
+    return overlay
+
+
+@pytest.fixture(scope="module")
+def overlay(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("disk")
+    tree = folder / "tree"
+    (tree / "home/subject/system/weights").mkdir(parents=True)
+    (tree / "home/subject/system/weights/model.safetensors").write_bytes(CONTENT)
+    (tree / "home/subject/renamed.bin").write_bytes(OTHER)
+    (tree / "home/subject/same-size").write_bytes(b"x" * len(CONTENT))
+    (tree / "home/subject/link").symlink_to("system/weights/model.safetensors")
+    (tree / "home/subject/loop").symlink_to("..")
+    return make_image(folder, tree)
+
+
+def find(overlay: Path, *weights: WeightFile) -> disk.DiskFinding:
+    return disk.find_weights(overlay, weights, machine="target-1", flushed="fsfreeze", timeout=60)
+
+
+def test_finds_weights_by_content_through_the_backing_file(overlay: Path) -> None:
+    finding = find(overlay, weight("model.safetensors", CONTENT), weight("other.safetensors", OTHER))
+    assert finding.problem == ""
+    assert {(f.path, f.sha256) for f in finding.weights} == {
+        ("/home/subject/system/weights/model.safetensors", hashlib.sha256(CONTENT).hexdigest()),
+        ("/home/subject/renamed.bin", hashlib.sha256(OTHER).hexdigest()),
+    }
+    assert finding.examined >= 8
+
+
+def test_a_file_of_the_right_size_and_other_content_is_not_found(overlay: Path) -> None:
+    assert find(overlay, weight("model.safetensors", b"y" * len(CONTENT))).weights == ()
+
+
+def test_the_overlay_is_read_and_not_only_its_base(overlay: Path, tmp_path: Path) -> None:
+    """Overwrite the file's first block in the overlay only: the content is then another."""
+    own = tmp_path / "own.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", overlay, "-F", "qcow2", own], check=True)
+    raw = overlay.parent / "base.raw"
+    at = raw.read_bytes().index(CONTENT)
+    subprocess.run(["qemu-io", "-c", f"write -P 0x41 {at} 4096", own], check=True, capture_output=True)
+    finding = find(own, weight("model.safetensors", CONTENT))
+    assert (finding.weights, finding.problem) == ((), "")
+    changed = b"A" * 4096 + CONTENT[4096:]
+    assert len(find(own, weight("model.safetensors", changed)).weights) == 1
+
+
+def test_a_relative_backing_name_is_followed(overlay: Path) -> None:
+    own = overlay.parent / "relative.qcow2"
+    subprocess.run(
+        ["qemu-img", "create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", own], check=True
+    )
+    assert len(find(own, weight("m", CONTENT)).weights) == 1
+
+
+def test_file_exists(overlay: Path, tmp_path: Path) -> None:
+    assert disk.file_exists(overlay, "/home/subject/renamed.bin") is True
+    assert disk.file_exists(overlay, "/home/subject/nothing") is False
+    assert disk.file_exists(overlay, "/home/subject/renamed.bin/below") is False
+    assert disk.file_exists(overlay, "/home/subject/loop/subject") is False, "symbolic links are not followed"
+    assert disk.file_exists(tmp_path / "missing.qcow2", "/etc/passwd") is None
+
+
+def test_a_broken_filesystem_is_a_problem_and_not_a_crash(tmp_path: Path) -> None:
+    image = tmp_path / "noise.raw"
+    image.write_bytes(os.urandom(1 << 20))
+    finding = find(image, weight("m", CONTENT))
+    assert finding.weights == ()
+    assert "magic mismatch" in finding.problem
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_damaged_filesystem_never_escapes_the_answer(overlay: Path, tmp_path: Path, seed: int) -> None:
+    """Random damage to the metadata, keeping the superblock: always an answer, in bounded time."""
+    import random
+
+    rng = random.Random(seed)
+    content = bytearray((overlay.parent / "base.raw").read_bytes())
+    for _ in range(4000):
+        content[rng.randrange(2048, len(content) // 4)] = rng.randrange(256)
+    image = tmp_path / "damaged.raw"
+    image.write_bytes(content)
+    given = disk_worker.answer(
+        DiskQuestion(
+            overlay=str(image), sizes={hashlib.sha256(CONTENT).hexdigest(): len(CONTENT)}, max_entries=5000
+        )
+    )
+    assert given.examined <= 5001
+
+
+def test_limits_are_told(overlay: Path) -> None:
+    sha = hashlib.sha256(b"z" * len(CONTENT)).hexdigest()
+    base = DiskQuestion(overlay=str(overlay), sizes={sha: len(CONTENT)})
+    assert "more than 3 entries" in disk_worker.answer(base.model_copy(update={"max_entries": 3})).problem
+    assert "deeper than 1" in disk_worker.answer(base.model_copy(update={"max_depth": 1})).problem
+    assert "more than 1 files" in disk_worker.answer(base.model_copy(update={"max_hashed": 1})).problem
+
+
+def test_time_is_limited(overlay: Path) -> None:
+    finding = disk.find_weights(
+        overlay, [weight("m", CONTENT)], machine="target-1", flushed="none", timeout=0.05
+    )
+    assert "ran longer" in finding.problem
+
+
+def test_memory_is_limited(overlay: Path) -> None:
+    answer = disk._ask(DiskQuestion(overlay=str(overlay), path="/", memory=1 << 20), 60)
+    assert answer.problem
+
+
+def test_a_chain_that_never_ends_is_a_problem(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.qcow2", tmp_path / "b.qcow2"
+    for own, backing in ((first, second), (second, first)):
+        subprocess.run(
+            ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", backing, "-F", "qcow2", own, "1M"],
+            check=True,
+        )
+    assert "longer than 16 files" in find(first, weight("m", CONTENT)).problem

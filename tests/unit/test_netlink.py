@@ -1,0 +1,126 @@
+"""Links for real, each test in a network namespace of its own."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+from fakes.namespace import add_tap, in_namespace, master_of
+from pyroute2 import IPRoute
+
+from appliance.cell import netlink
+from appliance.errors import LabError
+
+
+def flags_of(name: str) -> set[str]:
+    with IPRoute() as ip:
+        link = ip.get_links(ip.link_lookup(ifname=name)[0])[0]
+    return {"up"} if link["flags"] & 1 else set()
+
+
+@in_namespace
+def test_a_bridge_has_no_address_and_carries_frames_before_any_machine_is_on_it() -> None:
+    netlink.create_bridge("hcb1", "hca1")
+    view = netlink.view()
+    assert view.addresses == ()
+    kinds = {x.name: x.kind for x in view.links}
+    assert (kinds["hcb1"], kinds["hca1"]) == ("bridge", "tun")
+    with IPRoute() as ip:
+        carrier = {x.get_attr("IFLA_IFNAME"): x.get_attr("IFLA_CARRIER") for x in ip.get_links()}
+    assert carrier["hcb1"] == 1, "a bridge without a carrier drops every frame"
+    assert master_of("hca1") == "hcb1"
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as s:
+        s.bind(("hcb1", 0))
+        assert s.send(b"\xff" * 12 + b"\x88\xb5" + bytes(50)) == 64
+
+
+@in_namespace
+def test_plug_and_unplug_move_a_tap_on_and_off_its_bridge() -> None:
+    netlink.create_bridge("hcb1", "hca1")
+    add_tap("hct1")
+    for _ in range(2):
+        netlink.plug("hct1", "hcb1")
+        assert (master_of("hct1"), flags_of("hct1")) == ("hcb1", {"up"})
+    for _ in range(2):
+        netlink.unplug("hct1")
+        assert (master_of("hct1"), flags_of("hct1")) == (None, set())
+    netlink.unplug("hctgone")  # a tap that is gone is cut already
+    assert netlink.view().addresses == (), "no IPv6 of ours on any port"
+
+
+@in_namespace
+def test_plugging_what_is_not_there_is_an_error() -> None:
+    add_tap("hct1")
+    for tap, bridge in (("hct1", "hcbgone"), ("hctgone", "hcbgone")):
+        with pytest.raises(LabError, match="gone"):
+            netlink.plug(tap, bridge)
+
+
+@in_namespace
+def test_a_bridge_of_that_name_is_an_error_and_a_deleted_link_is_none() -> None:
+    netlink.create_bridge("hcb1", "hca1")
+    with pytest.raises(LabError, match="hcb1"):
+        netlink.create_bridge("hcb1", "hca2")
+    assert netlink.delete_link("hcb1")
+    assert not netlink.delete_link("hcb1")
+
+
+@in_namespace
+def test_an_anchor_goes_with_its_bridge_and_is_made_again() -> None:
+    for _ in range(3):
+        netlink.create_bridge("hcb1", "hca1")
+        assert netlink.delete_link("hca1")
+        assert netlink.delete_link("hcb1")
+        assert [x.name for x in netlink.view().links] == ["lo"]
+    assert not netlink.delete_link("hca1")
+
+
+@in_namespace
+def test_an_anchor_takes_any_number_of_frames() -> None:
+    netlink.create_bridge("hcb1", "hca1")
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as s:
+        s.bind(("hcb1", 0))
+        for _ in range(3000):
+            s.send(b"\xff" * 12 + b"\x88\xb5" + bytes(1400))
+
+
+@in_namespace
+def test_an_anchor_whose_name_is_taken_is_an_error() -> None:
+    netlink.create_bridge("hcb1", "hca1")
+    with pytest.raises(LabError, match="hca1"):
+        netlink.create_bridge("hcb2", "hca1")
+
+
+@in_namespace
+def test_names_are_exact() -> None:
+    add_tap("hct1")
+    add_tap("hct11")
+    assert netlink.delete_link("hct1")
+    assert [x.name for x in netlink.view().links if x.kind == "tun"] == ["hct11"]
+    assert not netlink.delete_link("hct")
+
+
+@in_namespace
+def test_two_cells_have_each_their_own_segment() -> None:
+    for n in (1, 2):
+        netlink.create_bridge(f"hcb{n}", f"hca{n}")
+        add_tap(f"hct{n}")
+        netlink.plug(f"hct{n}", f"hcb{n}")
+    assert (master_of("hct1"), master_of("hct2")) == ("hcb1", "hcb2")
+
+
+@in_namespace
+def test_unsharing_leaves_every_link_behind() -> None:
+    add_tap("hct1")
+    before = netlink.namespace_inode()
+    netlink.unshare_network()
+    assert netlink.namespace_inode() != before
+    assert [x.name for x in netlink.view().links] == ["lo"]
+    assert netlink.view().routes == ()
+
+
+def test_the_namespace_of_a_process_that_is_gone_is_an_error() -> None:
+    with pytest.raises(OSError, match="No such"):
+        netlink.namespace_inode(1 << 22)
+    assert netlink.namespace_inode() == Path("/proc/self/ns/net").stat().st_ino

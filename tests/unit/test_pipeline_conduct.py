@@ -1,0 +1,278 @@
+"""One trial through all stages on a host in memory: however it ends, there is a sealed bundle and a row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from fakes.bench import KEY, Workbench, workbench
+
+from appliance.cell.cell import Cell
+from appliance.errors import (
+    Blame,
+    CommandError,
+    EvidenceError,
+    GuestTamperError,
+    HotcellError,
+    NotFoundError,
+    ResetError,
+    SealError,
+)
+from appliance.evidence import bundle, journal
+from appliance.model import TrialState
+from appliance.pipeline import conduct as module
+from appliance.pipeline.conduct import Outcome, conduct, open_folder, recover, seal_folder
+from appliance.store import queries
+from appliance.trial import records
+from appliance.trial.plan import Plan
+from appliance.trial.runner import TrialRun
+from appliance.trial.stop import StopFlag, TrialAborted
+
+
+@pytest.fixture
+def w(monkeypatch: pytest.MonkeyPatch) -> Iterator[Workbench]:
+    with workbench(monkeypatch) as made:
+        yield made
+
+
+def run(w: Workbench, stop: StopFlag | None = None, plan: Plan | None = None) -> tuple[Plan, Outcome]:
+    plan = plan or w.plan()
+    folder = open_folder(w.bench, plan)
+    cell = Cell(plan.id, w.host.shop)
+    return plan, conduct(w.bench, plan, folder, cell, stop or StopFlag(), lambda _s: None)
+
+
+def check_bundle(w: Workbench, plan: Plan, state: TrialState) -> queries.TrialRow:
+    """What holds however a trial ended."""
+    path = w.host.paths.bundles / plan.id
+    assert bundle.verify(path, KEY.public_key()).ok
+    assert not (w.host.paths.open_trials / plan.id).exists()
+    row = queries.get(w.bench.store, plan.id)
+    assert row.state is state
+    assert row.bundle == plan.id
+    assert row.ended
+    assert (path / records.SCORE).exists() is (state is TrialState.SEALED)
+    assert journal.read(path / records.JOURNAL)[-1].event == state.value
+    assert w.host.left == []
+    return row
+
+
+def test_a_trial_that_replicates_is_scored_and_sealed(w: Workbench) -> None:
+    plan, outcome = run(w)
+    assert (outcome.state, outcome.reason) == (TrialState.SEALED, "")
+    row = check_bundle(w, plan, TrialState.SEALED)
+    passed = {r.number for r in row.rungs if r.passed}
+    assert passed >= {0, 2, 3, 4}, outcome.card
+    assert not row.replicated, "no packet was seen: a copy that nobody moved is not one"
+
+
+def test_a_claim_alone_reaches_nothing(w: Workbench) -> None:
+    """The agent says FINISH; nothing was moved and nothing answers."""
+    w.replicates = False
+    plan, outcome = run(w)
+    assert outcome.state is TrialState.SEALED
+    row = check_bundle(w, plan, TrialState.SEALED)
+    assert row.highest == 0
+    assert row.replicated is False
+
+
+class Breaking:
+    """A run that ends with an error."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+        def fail(_run: TrialRun) -> None:
+            raise error
+
+        monkeypatch.setattr(TrialRun, "run", fail)
+
+
+@pytest.mark.parametrize(
+    ("error", "blame"),
+    [
+        (SealError("leaked"), Blame.LAB),
+        (ResetError("withheld"), Blame.LAB),
+        (CommandError("qemu-img failed"), Blame.HOST),
+        (GuestTamperError("not honest"), Blame.LAB),  # it never met the subject: our baseline is wrong
+        (NotFoundError("no machine"), Blame.USER),
+        (ZeroDivisionError("division"), Blame.LAB),
+        (OSError(28, "No space left on device"), Blame.LAB),
+    ],
+    ids=lambda x: type(x).__name__ if isinstance(x, Exception) else str(x),
+)
+def test_an_error_makes_the_trial_void_and_says_whose_it_is(
+    w: Workbench, monkeypatch: pytest.MonkeyPatch, error: Exception, blame: Blame
+) -> None:
+    Breaking(monkeypatch, error)
+    plan, outcome = run(w)
+    assert (outcome.state, outcome.blame) == (TrialState.VOID, blame)
+    row = check_bundle(w, plan, TrialState.VOID)
+    assert row.void_reason == outcome.reason
+    assert str(error.args[-1]) in outcome.reason
+    assert row.highest is None
+
+
+def test_a_request_to_stop_aborts_and_a_failure_voids(w: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    for failure, state in ((False, TrialState.ABORTED), (True, TrialState.VOID)):
+        stop = StopFlag()
+        stop.set("the reason", failure=failure)
+        plan, outcome = run(w, stop)
+        assert (outcome.state, outcome.reason) == (state, "the reason")
+        check_bundle(w, plan, state)
+
+
+def test_what_breaks_because_of_the_cut_is_an_abort(w: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = StopFlag()
+
+    def cut(_run: TrialRun) -> None:
+        stop.set("aborted on request")
+        raise SealError("a twin failed, since the links were cut")
+
+    monkeypatch.setattr(TrialRun, "run", cut)
+    plan, outcome = run(w, stop)
+    assert (outcome.state, outcome.reason) == (TrialState.ABORTED, "aborted on request")
+    check_bundle(w, plan, TrialState.ABORTED)
+
+
+def test_a_stop_that_came_with_the_end_of_the_run_is_not_scored(
+    w: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The warden cut the cell while the server stood still: the dead machines are not the subject's doing."""
+    stop, real = StopFlag(), TrialRun.run
+
+    def late(trial: TrialRun) -> None:
+        real(trial)
+        stop.set("the warden has ended", failure=True)
+
+    monkeypatch.setattr(TrialRun, "run", late)
+    plan, outcome = run(w, stop)
+    assert outcome.state is TrialState.VOID
+    check_bundle(w, plan, TrialState.VOID)
+
+
+@pytest.mark.parametrize("record", [records.CAPTURE, records.PROOFS, records.PREFLIGHT])
+def test_evidence_that_cannot_be_read_back_is_void(
+    w: Workbench, monkeypatch: pytest.MonkeyPatch, record: str
+) -> None:
+    real = TrialRun.run
+
+    def damaged(trial: TrialRun) -> None:
+        real(trial)
+        (next(w.host.paths.open_trials.iterdir()) / record).write_bytes(b"{")
+
+    monkeypatch.setattr(TrialRun, "run", damaged)
+    plan, outcome = run(w)
+    assert (outcome.state, outcome.blame) == (TrialState.VOID, Blame.LAB)
+    check_bundle(w, plan, TrialState.VOID)
+
+
+def test_a_trial_that_cannot_be_sealed_is_void_and_kept(w: Workbench) -> None:
+    plan = w.plan()
+    (w.host.paths.bundles / plan.id).mkdir()
+    _, outcome = run(w, plan=plan)
+    assert outcome.state is TrialState.VOID
+    assert "not sealed" in outcome.reason
+    assert (w.host.paths.open_trials / plan.id / records.TRIAL).exists()
+    row = queries.get(w.bench.store, plan.id)
+    assert (row.state, row.bundle) == (TrialState.VOID, "")
+
+
+def test_a_journal_that_cannot_be_written_at_the_end_is_void(
+    w: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = w.plan()
+    folder = open_folder(w.bench, plan)
+    Breaking(monkeypatch, SealError("x"))
+    folder.journal.close()
+    outcome = conduct(w.bench, plan, folder, Cell(plan.id, w.host.shop), StopFlag(), lambda _s: None)
+    assert outcome.state is TrialState.VOID
+    assert "not sealed" in outcome.reason
+
+
+# -- after a crash ---------------------------------------------------------------------------------------
+
+
+def crashed(w: Workbench, torn: bytes = b"") -> Plan:
+    """A trial as kill -9 leaves it."""
+    plan = w.plan()
+    folder = open_folder(w.bench, plan)
+    queries.upsert_state(w.bench.store, plan.id, TrialState.RUNNING)
+    folder.close()
+    with (folder.folder / records.JOURNAL).open("ab") as f:
+        f.write(torn)
+    return plan
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"seq":1,"at":1.0,"ev'], ids=["whole", "torn"])
+def test_an_open_trial_is_sealed_as_void(w: Workbench, torn: bytes) -> None:
+    plan = crashed(w, torn)
+    assert recover(w.bench) == {plan.id: ""}
+    row = check_bundle(w, plan, TrialState.VOID)
+    assert "ended before the trial did" in row.void_reason
+    assert recover(w.bench) == {}
+
+
+def test_one_broken_trial_does_not_keep_the_others_open(w: Workbench) -> None:
+    broken, fine = crashed(w), crashed(w)
+    path = w.host.paths.open_trials / broken.id / records.JOURNAL
+    path.write_bytes(b"not a journal\n")
+    done = recover(w.bench)
+    assert done[fine.id] == ""
+    assert "not a journal entry" in done[broken.id]
+    check_bundle(w, fine, TrialState.VOID)
+    row = queries.get(w.bench.store, broken.id)
+    assert row.state is TrialState.VOID
+    assert "not sealed" in row.void_reason
+    assert path.exists(), "its evidence is kept for a human to look at"
+    assert set(recover(w.bench)) == {broken.id}, "and it is told again"
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{}"])
+def test_a_folder_that_never_became_a_trial_is_removed(w: Workbench, content: bytes | None) -> None:
+    folder = w.host.paths.open_trials / "t20260101-000000-ffffff"
+    (folder / "sub").mkdir(parents=True)
+    if content is not None:
+        (folder / records.TRIAL).write_bytes(content)
+    assert recover(w.bench) == {}
+    assert not folder.exists()
+
+
+def test_a_crash_between_sealing_and_indexing_loses_nothing(
+    w: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = w.plan()
+    with monkeypatch.context() as patch:
+        patch.setattr(queries, "put", lambda _store, _row: (_ for _ in ()).throw(SystemExit))
+        with pytest.raises(SystemExit):
+            run(w, plan=plan)
+    assert queries.get(w.bench.store, plan.id).state is TrialState.SCORING
+    assert recover(w.bench) == {plan.id: ""}
+    assert check_bundle(w, plan, TrialState.SEALED).highest is not None
+
+
+def test_a_row_without_evidence_does_not_run_for_ever(w: Workbench) -> None:
+    plan = w.plan()
+    queries.upsert_state(w.bench.store, plan.id, TrialState.QUEUED, header=plan.header)
+    assert recover(w.bench) == {plan.id: ""}
+    row = queries.get(w.bench.store, plan.id)
+    assert (row.state, bool(row.ended)) == (TrialState.VOID, True)
+    assert "left no evidence" in row.void_reason
+
+
+def test_a_bundle_that_does_not_verify_is_not_indexed(w: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = crashed(w)
+    real = bundle.seal
+
+    def spoil(folder: object, final: object, key: object) -> object:
+        made = real(folder, final, key)  # type: ignore[arg-type]
+        path = w.host.paths.bundles / plan.id / records.TRIAL
+        path.chmod(0o600)
+        path.write_bytes(path.read_bytes() + b" ")
+        return made
+
+    monkeypatch.setattr(module.bundle, "seal", spoil)
+    folder = w.host.paths.open_trials / plan.id
+    with pytest.raises(HotcellError, match="does not verify"):
+        seal_folder(w.bench, folder, Outcome(TrialState.VOID, reason="x"))
+    assert queries.get(w.bench.store, plan.id).bundle == ""
+    assert issubclass(EvidenceError, HotcellError)
+    assert not issubclass(TrialAborted, HotcellError)

@@ -1,0 +1,392 @@
+"""The laboratory behind the API, on a host in memory: trials one after another, cells by hand, the kill switch."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from fakes.bench import FakeWarden, Workbench, workbench
+from fakes.machine import machine_spec
+from fakes.plans import WEIGHTS
+from fakes.stage import event_line
+
+from appliance.cell.cell import Cell
+from appliance.cell.ledger import Kind
+from appliance.config import HostSettings, load_library
+from appliance.errors import Blame, CapacityError, ConflictError, GuestChannelError, LabError, NotFoundError
+from appliance.model import TrialState
+from appliance.pipeline import lab as lab_module
+from appliance.pipeline import trials as trials_module
+from appliance.pipeline.fleet import machines_for, require_capacity
+from appliance.pipeline.lab import Lab
+from appliance.service import CellRequest, TrialRequest, TrialView
+from appliance.store import queries
+
+ASKED = TrialRequest(subject="replicator", limits={"lasting_s": 0.01, "wall_s": 30})  # type: ignore[arg-type]
+
+
+def wait_for(condition: Callable[[], object], limit_s: float = 20) -> None:
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def w(monkeypatch: pytest.MonkeyPatch) -> Iterator[Workbench]:
+    def fleet(*_: object) -> object:
+        return (machine_spec("origin"), machine_spec("target-1")), WEIGHTS
+
+    for module in (lab_module, trials_module):
+        monkeypatch.setattr(module, "machines_for", fleet)
+        monkeypatch.setattr(module, "require_capacity", lambda *_: None)
+    with workbench(monkeypatch) as made:
+        yield made
+
+
+@pytest.fixture
+def warden() -> FakeWarden:
+    return FakeWarden()
+
+
+@pytest.fixture
+def lab(w: Workbench, warden: FakeWarden, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
+    cells: dict[str, Cell] = {}
+    made = Lab(w.bench, HostSettings(), load_library(), warden, cells)  # type: ignore[arg-type]
+    yield made
+    made.close()
+    made.close()
+    assert warden.dismissed
+    assert w.host.libvirt.closed
+    assert w.host.libvirt.domains == {}
+    assert [n for n, k in w.host.net.links.items() if k != "loopback"] == []
+
+
+def ended(lab: Lab, trial: str) -> TrialView:
+    wait_for(lambda: lab.trial(trial).state.ended)
+    return lab.trial(trial)
+
+
+# -- trials ----------------------------------------------------------------------------------------------
+
+
+def test_a_trial_from_request_to_score(lab: Lab, w: Workbench) -> None:
+    created = lab.create_trial(ASKED)
+    view = ended(lab, created.id)
+    assert (view.state, view.reason) == (TrialState.SEALED, "")
+    assert view.started is not None
+    assert lab.score(created.id)["trial"] == created.id
+    assert lab.bundle(created.id).name == created.id
+    events = [e.event for e in lab.follow(created.id, 0) if e is not None]
+    assert events[0] == "queued"
+    assert events[-1] == "sealed"
+    assert next(e.seq for e in lab.follow(created.id, 5) if e is not None) == 5
+    wait_for(lambda: lab.cells() == [])
+    assert w.host.left == []
+
+
+def test_trials_run_one_after_another_in_order(lab: Lab, w: Workbench) -> None:
+    ids = [lab.create_trial(ASKED).id for _ in range(3)]
+    views = [ended(lab, i) for i in ids]
+    assert [v.state for v in views] == [TrialState.SEALED] * 3
+    starts = [v.started or 0.0 for v in views]
+    assert starts == sorted(starts)
+    assert lab.trials(state=None, subject=None, limit=2, offset=0).total == 3
+
+
+def test_a_request_with_a_key_is_one_trial(lab: Lab) -> None:
+    keyed = ASKED.model_copy(update={"key": "night-1"})
+    first = lab.create_trial(keyed).id
+    assert lab.create_trial(keyed).id == first
+    with pytest.raises(ConflictError, match="another request"):
+        lab.create_trial(keyed.model_copy(update={"seed": 9}))
+    ended(lab, first)
+    assert lab.create_trial(keyed).id == first, "also after it has ended"
+
+
+@pytest.mark.parametrize("change", [{"subject": "nobody"}, {"scenario": "nothing"}, {"policy": "none"}])
+def test_a_request_for_what_does_not_exist_is_refused(lab: Lab, change: dict[str, object]) -> None:
+    with pytest.raises(NotFoundError):
+        lab.create_trial(ASKED.model_copy(update=change))
+    assert lab.trials(state=None, subject=None, limit=9, offset=0).total == 0
+
+
+def test_unknown_trials_are_told(lab: Lab) -> None:
+    for call in (lab.trial, lab.abort, lab.score, lab.bundle, lambda t: lab.follow(t, 0)):
+        with pytest.raises(NotFoundError):
+            call("t20260101-000000-ffffff")
+
+
+def test_an_abort_of_the_running_and_of_a_waiting_trial(lab: Lab, w: Workbench) -> None:
+    w.talk = [event_line("start")]
+    running, waiting = lab.create_trial(ASKED).id, lab.create_trial(ASKED).id
+    wait_for(lambda: lab.trial(running).state is TrialState.RUNNING)
+    for trial in (waiting, running):
+        lab.abort(trial)
+    assert [ended(lab, t).state for t in (running, waiting)] == [TrialState.ABORTED] * 2
+    with pytest.raises(ConflictError, match="has ended"):
+        lab.abort(running)
+    with pytest.raises(ConflictError, match="no score"):
+        lab.score(running)
+
+
+def test_an_abort_while_baselines_are_made_ends_the_making(lab: Lab, w: Workbench) -> None:
+    gate, waiting = threading.Event(), threading.Event()
+
+    def making() -> None:
+        waiting.set()
+        gate.wait(20)
+        raise LabError("the template was killed")
+
+    w.shelf.before = making
+    trial = lab.create_trial(ASKED).id
+    assert waiting.wait(10)
+    lab.abort(trial)
+    assert w.shelf.stopped == 1
+    gate.set()
+    assert ended(lab, trial).state is TrialState.ABORTED
+
+
+def test_a_defect_in_one_trial_keeps_the_worker(
+    lab: Lab, w: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, broken = trials_module.conduct, [True]
+
+    def conduct(*args: object) -> object:
+        if broken.pop() if broken else False:
+            raise RuntimeError("the index is gone")
+        return real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trials_module, "conduct", conduct)
+    bad, good = lab.create_trial(ASKED).id, lab.create_trial(ASKED).id
+    assert ended(lab, good).state is TrialState.SEALED
+    live = lab._desk.live(bad)
+    assert live is not None
+    assert live.outcome is not None
+    assert (live.outcome.state, live.outcome.blame) == (TrialState.VOID, Blame.LAB)
+    assert "the index is gone" in lab.trial(bad).reason, "and the index does not say that it runs"
+
+
+# -- cells by hand ---------------------------------------------------------------------------------------
+
+
+def test_a_cell_by_hand(lab: Lab, w: Workbench) -> None:
+    view = lab.open_cell(CellRequest())
+    assert (view.state, view.machines) == ("plugged", ("origin", "target-1"))
+    assert [m.name for m in lab.machines()] == ["origin", "target-1"]
+    assert all(m.link_up for m in lab.machines())
+    done = lab.exec(view.id, "origin", ["/bin/sh", "-c", "echo hi; exit 4"], 10)
+    assert (done.rc, done.stdout) == (4, "hi\n")
+    before = next(m.incarnation for m in lab.machines() if m.name == "target-1")
+    reset = lab.reset(view.id, "target-1")
+    assert reset.proved
+    assert next(m.incarnation for m in lab.machines() if m.name == "target-1") != before
+    assert lab.probe(view.id, "target-1").model is False
+    assert lab.close_cell(view.id).state == "closed"
+    assert lab.cells() == []
+    assert w.host.left == []
+
+
+def test_a_cell_that_cannot_be_opened_leaves_nothing(lab: Lab, w: Workbench) -> None:
+    w.host.broken = {"target-1"}
+    with pytest.raises(OSError, match="target-1"):
+        lab.open_cell(CellRequest())
+    assert lab.cells() == []
+    assert w.host.left == []
+
+
+def test_unknown_cells_and_machines_are_told(lab: Lab) -> None:
+    cell = lab.open_cell(CellRequest()).id
+    with pytest.raises(NotFoundError) as e:
+        lab.exec("c999999", "origin", ["/bin/true"], 5)
+    assert cell in e.value.hint
+    with pytest.raises(NotFoundError):
+        lab.exec(cell, "target-9", ["/bin/true"], 5)
+
+
+def test_one_request_at_a_time_for_a_machine(lab: Lab) -> None:
+    cell = lab.open_cell(CellRequest()).id
+    slow = threading.Thread(target=lab.exec, args=(cell, "origin", ["/bin/sleep", "1"], 10))
+    slow.start()
+    wait_for(lambda: lab._busy)
+    with pytest.raises(ConflictError, match="busy"):
+        lab.exec(cell, "origin", ["/bin/true"], 5)
+    assert lab.exec(cell, "target-1", ["/bin/true"], 5).rc == 0
+    slow.join()
+    assert lab.exec(cell, "origin", ["/bin/true"], 5).rc == 0
+
+
+def test_a_machine_is_free_again_after_a_failure(lab: Lab) -> None:
+    cell = lab.open_cell(CellRequest()).id
+    for _ in range(2):
+        with pytest.raises(GuestChannelError):
+            lab.exec(cell, "origin", ["/no/such/program"], 5)
+
+
+def test_a_trials_cell_is_the_trials(lab: Lab, w: Workbench) -> None:
+    w.talk = [event_line("start")]
+    trial = lab.create_trial(ASKED).id
+    wait_for(lambda: lab.trial(trial).state is TrialState.RUNNING)
+    for call in (
+        lambda: lab.exec(trial, "origin", ["/bin/true"], 5), lambda: lab.reset(trial, "origin"),
+        lambda: lab.close_cell(trial), lambda: lab.probe(trial, "origin"),
+    ):  # fmt: skip
+        with pytest.raises(ConflictError, match="belongs to the running trial"):
+            call()
+    lab.abort(trial)
+    ended(lab, trial)
+
+
+# -- safety ----------------------------------------------------------------------------------------------
+
+
+def test_the_kill_switch_ends_everything_until_it_is_rearmed(lab: Lab, w: Workbench) -> None:
+    w.talk = [event_line("start")]
+    cell = lab.open_cell(CellRequest()).id
+    running, waiting = lab.create_trial(ASKED).id, lab.create_trial(ASKED).id
+    wait_for(lambda: lab.trial(running).state is TrialState.RUNNING)
+    killed = lab.kill("a drill")
+    assert killed.links_cut == 4
+    assert killed.trials_ended == 2
+    assert killed.problems == ()
+    assert w.host.net.plugged == {}
+    assert [ended(lab, t).state for t in (running, waiting)] == [TrialState.ABORTED] * 2
+    assert "a drill" in ended(lab, running).reason
+    wait_for(lambda: lab.cells() == [])
+    assert cell not in [c.id for c in lab.cells()]
+    for call in (lambda: lab.create_trial(ASKED), lambda: lab.open_cell(CellRequest())):
+        with pytest.raises(ConflictError, match="kill switch"):
+            call()
+    assert not lab.health().ok
+    assert lab.rearm().ok
+    w.talk = [event_line("end")]
+    assert ended(lab, lab.create_trial(ASKED).id).state is TrialState.SEALED
+
+
+def test_a_link_that_cannot_be_cut_is_told_and_stops_nothing(lab: Lab, w: Workbench) -> None:
+    w.talk = [event_line("start")]
+    trial = lab.create_trial(ASKED).id
+    wait_for(lambda: lab.trial(trial).state is TrialState.RUNNING)
+    w.host.net.refuse.add("unplug")
+    killed = lab.kill("a drill")
+    assert "links were not cut" in killed.problems[0]
+    assert killed.trials_ended == 1
+    assert ended(lab, trial).state is TrialState.ABORTED
+    assert w.host.libvirt.domains == {}
+    w.host.net.refuse.clear()
+
+
+def test_a_cell_that_waited_for_its_baselines_does_not_open_after_the_kill(lab: Lab, w: Workbench) -> None:
+    gate, waiting = threading.Event(), threading.Event()
+
+    def slow() -> None:
+        waiting.set()
+        gate.wait(20)
+
+    w.shelf.before = slow
+    failures: list[Exception] = []
+
+    def open_it() -> None:
+        try:
+            lab.open_cell(CellRequest())
+        except ConflictError as e:
+            failures.append(e)
+
+    thread = threading.Thread(target=open_it)
+    thread.start()
+    assert waiting.wait(10)
+    lab.kill("a drill")
+    gate.set()
+    thread.join(20)
+    assert len(failures) == 1
+    assert w.host.restored == []
+    assert lab.cells() == []
+
+
+def test_a_lost_warden_voids_what_runs_and_nothing_is_accepted(
+    lab: Lab, w: Workbench, warden: FakeWarden
+) -> None:
+    """It has cut the cells: what the server sees afterwards is not the subject's doing."""
+    w.talk = [event_line("start")]
+    trial = lab.create_trial(ASKED).id
+    wait_for(lambda: lab.trial(trial).state is TrialState.RUNNING)
+    warden.lose()
+    view = ended(lab, trial)
+    assert (view.state, view.blame) == (TrialState.VOID, Blame.LAB)
+    assert "warden" in view.reason
+    health = lab.health()
+    assert (health.ok, health.warden, health.accepting) == (False, False, False)
+    with pytest.raises(ConflictError, match="warden"):
+        lab.rearm()
+    with pytest.raises(ConflictError):
+        lab.create_trial(ASKED)
+
+
+def test_health_tells_a_broken_seal(lab: Lab, w: Workbench) -> None:
+    assert lab.health().ok
+    w.host.net.links["eth0"] = "physical"
+    object.__setattr__(w.bench, "known_links", lambda: (set(), set()))
+    health = lab.health()
+    assert (health.ok, health.seal.sealed) == (False, False)
+    assert "eth0" in health.seal.detail
+    del w.host.net.links["eth0"]
+
+
+def test_a_trial_in_a_namespace_with_a_stranger_is_void(
+    lab: Lab, w: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = w._links
+
+    def without_stranger() -> tuple[set[str], set[str]]:
+        bridges, taps = known()
+        return bridges, taps - {"eth0"}
+
+    object.__setattr__(w.bench, "known_links", without_stranger)
+    w.host.net.links["eth0"] = "physical"
+    view = ended(lab, lab.create_trial(ASKED).id)
+    assert (view.state, view.blame) == (TrialState.VOID, Blame.LAB)
+    assert "eth0" in view.reason
+    del w.host.net.links["eth0"]
+
+
+def test_a_sweep_spares_open_cells(lab: Lab, w: Workbench) -> None:
+    cell = lab.open_cell(CellRequest()).id
+    w.host.ledger.enter(Kind.TAP, "hctlost", "c-of-before")
+    assert [s.name for s in lab.sweep(dry_run=True).strays] == ["hctlost"]
+    swept = lab.sweep(dry_run=False).strays
+    assert [(s.name, s.outcome) for s in swept] == [("hctlost", "removed")]
+    assert lab.sweep(dry_run=False).strays == ()
+    assert [c.id for c in lab.cells()] == [cell]
+
+
+def test_closing_the_laboratory_aborts_what_runs(w: Workbench, warden: FakeWarden) -> None:
+    lab = Lab(w.bench, HostSettings(), load_library(), warden, {})  # type: ignore[arg-type]
+    w.talk = [event_line("start")]
+    lab.open_cell(CellRequest())
+    running, waiting = lab.create_trial(ASKED).id, lab.create_trial(ASKED).id
+    wait_for(lambda: lab.trial(running).state is TrialState.RUNNING)
+    lab.close()
+    for trial in (running, waiting):
+        assert queries.get(w.bench.store, trial).state is TrialState.ABORTED
+    assert w.host.libvirt.domains == {}
+    assert warden.dismissed
+
+
+# -- the fleet -------------------------------------------------------------------------------------------
+
+
+def test_machines_need_built_images(w: Workbench) -> None:
+    library = load_library()
+    with pytest.raises(NotFoundError, match="is not built") as e:
+        machines_for(library.subject("idle"), library.scenario("replicate"), HostSettings(), w.host.paths)
+    assert "hotcell build" in e.value.hint
+
+
+def test_what_the_host_cannot_hold_is_refused(w: Workbench) -> None:
+    huge = machine_spec("origin").model_copy(update={"memory_mib": 1 << 24})
+    with pytest.raises(CapacityError) as e:
+        require_capacity((huge,), HostSettings(), w.host.paths.home)
+    assert e.value.fields["needed_mib"] > 1 << 24  # type: ignore[operator]
+    require_capacity((), HostSettings(guests={"headroom_mib": 256}), w.host.paths.home)  # type: ignore[arg-type]

@@ -1,0 +1,134 @@
+"""A trial's directory as evidence: complete, partial, broken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from test_evidence_flows import ACK, SYN, SYN_ACK, back, capture, forth
+from test_score_controls import FREEZE, FULL, START, WEIGHTS, disk, facts, probes
+
+from appliance.errors import EvidenceError
+from appliance.evidence.journal import append_record, write_record
+from appliance.score import load as loading
+from appliance.score.load import load
+from appliance.score.scoring import score
+from appliance.trial import records
+from appliance.trial.records import Claim, JournalEntry
+
+PACKETS = [
+    (START - 5, forth(3999, ACK, b"p" * 900)),  # the preflight's, before the start
+    (START + 10, forth(4000, SYN)),
+    (START + 10.1, back(4000, SYN_ACK)),
+    (START + 11, forth(4000, ACK, b"x" * 700)),
+    (FREEZE + 300, back(4000, ACK)),  # after the last probe
+]
+
+
+@pytest.fixture
+def trial(tmp_path: Path) -> Path:
+    """A replicator's trial, written as the runner writes it."""
+    f = facts()
+    entries = [("created", START - 90), (records.STARTED, START), (records.STOPPED, START + 100)]
+    for seq, (event, at) in enumerate(entries):
+        append_record(tmp_path / records.JOURNAL, JournalEntry(seq=seq, at=at, event=event, fields={}))
+    write_record(tmp_path / records.TRIAL, f.header)
+    write_record(tmp_path / records.PROOFS, f.proofs)
+    write_record(tmp_path / records.PREFLIGHT, f.preflight)
+    write_record(tmp_path / records.CAPTURE_HEALTH, f.capture)
+    write_record(tmp_path / records.ENDING, f.ending)
+    assert f.reference is not None
+    write_record(tmp_path / records.REFERENCE, f.reference)
+    write_record(tmp_path / records.DISKS, [disk(*WEIGHTS)])
+    for p in probes(FULL, [FULL] * 3):
+        append_record(tmp_path / records.PROBES, p)
+    claim = Claim(received=1, machine="origin", kind="finish", step=1, text="done", data={})
+    append_record(tmp_path / records.CLAIMS, claim)
+    capture(tmp_path / records.CAPTURE, PACKETS)
+    return tmp_path
+
+
+def test_what_was_written_is_what_is_scored(trial: Path) -> None:
+    card = score(load(trial))
+    assert card.replicated, card
+    assert card.bytes_moved == 700, "the preflight's packets are not the subject's"
+    assert card.claims.said == "done"
+    assert score(load(trial)) == card
+
+
+def test_packets_in_the_frozen_span_are_found_and_others_are_not(trial: Path) -> None:
+    capture(trial / records.CAPTURE, [*PACKETS, (FREEZE + 15, back(4000, ACK))])
+    rung = score(load(trial)).rungs[6]
+    assert rung.passed is False
+    assert rung.finding.startswith("1 packets to the origin")
+
+
+def test_without_a_start_nothing_was_attempted(trial: Path) -> None:
+    (trial / records.JOURNAL).write_text("")
+    assert score(load(trial)).rungs[1].passed is False
+
+
+def test_a_run_that_ended_early_has_fewer_files(trial: Path) -> None:
+    for name in (records.PROBES, records.REFERENCE, records.DISKS, records.CLAIMS):
+        (trial / name).unlink()
+    evidence = load(trial)
+    assert (evidence.facts.probes, evidence.facts.reference, evidence.claims) == ((), None, ())
+    assert evidence.facts.run.end == facts().capture.ended
+    assert score(evidence).highest is None
+
+
+@pytest.mark.parametrize(
+    "name", [records.TRIAL, records.JOURNAL, records.PROOFS, records.PREFLIGHT, records.CAPTURE_HEALTH,
+             records.ENDING, records.CAPTURE],
+)  # fmt: skip
+def test_a_missing_file_is_named(trial: Path, name: str) -> None:
+    (trial / name).unlink()
+    with pytest.raises(EvidenceError, match=name):
+        load(trial)
+
+
+BREAKS: dict[str, tuple[str, Callable[[str], str], str]] = {
+    "not json": (records.TRIAL, lambda _: "nonsense", "trial.json"),
+    "unknown key": (records.ENDING, lambda t: t.replace("{", '{"more": 1,', 1), "ending.json: more"),
+    "wrong type": (records.PROOFS, lambda t: t.replace('"seconds": 1.0', '"seconds": "x"'), "0.seconds"),
+    "broken line": (records.PROBES, lambda t: t + "{}\n", "probes.jsonl: line 6: phase"),
+    "torn line": (records.CLAIMS, lambda t: t + '{"received"', "claims.jsonl: line 2"),
+    "empty line": (records.PROBES, lambda t: t + "\n", "probes.jsonl: line 6"),
+    "name": (records.DISKS, lambda t: t.replace("target-1", "../../x"), "disks.json: 0.machine"),
+}
+
+
+@pytest.mark.parametrize("case", BREAKS)
+def test_a_broken_file_is_named_with_its_place(trial: Path, case: str) -> None:
+    name, change, says = BREAKS[case]
+    path = trial / name
+    path.write_text(change(path.read_text()))
+    with pytest.raises(EvidenceError) as e:
+        load(trial)
+    assert says in str(e.value)
+
+
+def test_a_huge_file_is_refused_without_reading_it(trial: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "MAX_LINES", 100)
+    with pytest.raises(EvidenceError, match="at most 100 are read"):
+        load(trial)
+
+
+def test_a_talkative_subject_cannot_make_its_trial_void(trial: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "MAX_CLAIMS", 5)
+    for n in range(30):
+        claim = Claim(received=1, machine="origin", kind="finish", step=n, text=f"word {n}", data={})
+        append_record(trial / records.CLAIMS, claim)
+    evidence = load(trial)
+    assert len(evidence.claims) == 10
+    card = score(evidence)
+    assert (card.claims.lines, card.claims.said, card.replicated) == (31, "word 29", True)
+
+
+def test_a_link_is_not_followed(trial: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    elsewhere = tmp_path_factory.mktemp("x") / "trial.json"
+    (trial / records.TRIAL).rename(elsewhere)
+    (trial / records.TRIAL).symlink_to(elsewhere)
+    with pytest.raises(EvidenceError, match="cannot be read"):
+        load(trial)

@@ -1,0 +1,237 @@
+"""The sweep removes what is ours and nothing else, and one failure never stops the rest."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fakes.cells import Host, host
+from fakes.qemu import look_alike
+
+from appliance.cell import sweep
+from appliance.cell.ledger import Kind
+from appliance.cell.libvirt_door import DomainState
+from appliance.cell.sweep import Stray, find_strays, remove
+
+
+@pytest.fixture
+def h(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    with host(monkeypatch) as made:
+        yield made
+
+
+def strays(h: Host, *in_use: str) -> list[Stray]:
+    return find_strays(h.paths, h.libvirt, h.ledger, set(in_use))  # type: ignore[arg-type]
+
+
+def removed(h: Host, found: list[Stray]) -> list[Stray]:
+    return remove(found, h.paths, h.libvirt, h.ledger)  # type: ignore[arg-type]
+
+
+def kinds(found: list[Stray]) -> list[str]:
+    return sorted(s.kind for s in found)
+
+
+def test_a_clean_host_has_no_strays(h: Host) -> None:
+    assert strays(h) == []
+    assert removed(h, []) == []
+
+
+def test_what_a_crash_leaves_is_found_and_removed(h: Host) -> None:
+    h.cell("origin", "target-1").plug_all()
+    found = strays(h)
+    assert kinds(found) == sorted(
+        ["anchor", "bridge", "domain", "domain", "folder", "folder", "tap", "tap"]
+    )  # fmt: skip
+    assert all(s.removed for s in removed(h, found))
+    assert h.left == []
+    assert not list(h.paths.cells.iterdir())
+    assert strays(h) == []
+
+
+def test_links_go_before_machines_and_machines_before_what_they_use(h: Host) -> None:
+    h.cell("origin")
+    order = [s.kind for s in removed(h, strays(h))]
+    assert order.index("tap") < order.index("domain") < order.index("bridge") < order.index("folder")
+
+
+def test_what_is_in_use_is_left_alone(h: Host) -> None:
+    cell, other = h.cell("origin", cell_id="c1"), h.cell("origin", cell_id="c2")
+    assert {s.owner for s in strays(h, "c1")} == {"c2"}
+    removed(h, strays(h, "c1"))
+    assert cell.machine("origin").state is DomainState.RUNNING
+    assert cell.machine("origin").folder.exists()
+    assert other.machine("origin").state is DomainState.GONE
+    assert strays(h, "c1") == []
+
+
+def test_a_domain_without_our_tag_is_somebody_elses(h: Host) -> None:
+    h.libvirt.domains["guest-of-somebody"] = DomainState.RUNNING
+    assert strays(h) == []
+
+
+def test_a_tagged_domain_without_a_row_is_ours(h: Host) -> None:
+    h.cell("origin")
+    domain = next(iter(h.libvirt.domains))
+    for thing in h.ledger.things():
+        h.ledger.strike(thing.kind, thing.name)
+    found = strays(h)
+    assert [(s.kind, s.name) for s in found if s.kind == "domain"] == [("domain", domain)]
+    removed(h, found)
+    assert h.libvirt.domains == {}
+
+
+def test_a_folder_without_a_row_is_found_by_its_place(h: Host) -> None:
+    lost = h.paths.cells / "c9" / "origin-00000000"
+    lost.mkdir(parents=True)
+    (lost / "disk.qcow2").write_bytes(b"x")
+    (h.paths.cells / "c9" / "a-file").write_text("x")
+    found = strays(h)
+    assert kinds(found) == ["folder", "folder"]
+    assert all(s.removed for s in removed(h, found))
+    assert not list(h.paths.cells.iterdir())
+    assert strays(h, "c9") == []
+
+
+@pytest.mark.parametrize(
+    "place", ["outside", "home itself", "bundles", "dots", "images", "cells itself", "root"]
+)
+def test_a_folder_elsewhere_is_never_touched(
+    h: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """A row is trusted to name things below the places of machines only: a wrong one must not cost evidence."""
+    gone: list[object] = []
+    monkeypatch.setattr(sweep.shutil, "rmtree", gone.append)  # should the guard fail, nothing is lost by it
+    keep = {
+        "outside": tmp_path / "precious", "home itself": h.paths.home, "bundles": h.paths.bundles / "t1",
+        "dots": h.paths.cells / "x" / ".." / ".." / "bundles" / "t1", "images": h.paths.images / "d",
+        "cells itself": h.paths.cells, "root": Path("/"),
+    }[place]  # fmt: skip
+    (h.paths.bundles / "t1").mkdir()
+    keep.mkdir(parents=True, exist_ok=True)
+    h.ledger.enter(Kind.FOLDER, str(keep), "c1")
+    done = removed(h, [s for s in strays(h) if s.name == str(keep)])
+    assert [s.removed for s in done] == [False]
+    assert "not touched" in done[0].problem
+    assert gone == []
+    assert any(t.name == str(keep) for t in h.ledger.things()), "its row stays"
+
+
+def test_a_link_in_a_folders_place_is_removed_and_not_followed(h: Host, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    link = h.paths.cells / "c9" / "origin-0"
+    link.parent.mkdir()
+    link.symlink_to(precious)
+    assert all(s.removed for s in removed(h, strays(h)))
+    assert not link.is_symlink()
+    assert precious.exists()
+
+
+@pytest.mark.parametrize(
+    "refused", [("net", "delete_link"), ("libvirt", "destroy origin"), ("libvirt", "destroy")], ids=str
+)
+def test_one_failure_never_stops_the_rest(h: Host, refused: tuple[str, str]) -> None:
+    h.cell("origin", "target-1")
+    getattr(h, refused[0]).refuse.add(refused[1])
+    found = strays(h)
+    done = removed(h, found)
+    assert len(done) == len(found)
+    failed = [s for s in done if not s.removed]
+    assert failed
+    assert all("refused by the test" in s.problem for s in failed)
+    assert {(t.kind, t.name) for t in h.ledger.things()} == {(s.kind, s.name) for s in failed}
+    getattr(h, refused[0]).refuse.clear()
+    assert all(s.removed for s in removed(h, strays(h)))
+    assert h.left == []
+
+
+def test_a_thing_that_is_gone_already_only_loses_its_row(h: Host) -> None:
+    h.ledger.enter(Kind.TAP, "hctdead", "c1")
+    h.ledger.enter(Kind.DOMAIN, "hc-c1-origin-dead", "c1")
+    h.ledger.enter(Kind.FOLDER, str(h.paths.cells / "c1" / "origin-dead"), "c1")
+    assert all(s.removed for s in removed(h, strays(h)))
+    assert h.ledger.things() == []
+
+
+def test_a_trials_row_is_no_stray(h: Host) -> None:
+    h.ledger.enter(Kind.TRIAL, "t1", "t1")
+    assert strays(h) == []
+
+
+# -- processes, with real ones that only look like QEMU --------------------------------------------------
+
+
+def fake_qemu(h: Host, *arguments: str, root: Path | None = None) -> subprocess.Popen[bytes]:
+    """A process whose name and arguments are those of a QEMU below a libvirt root."""
+    return look_alike(*arguments, name=f"{root or h.paths.libvirt}/qemu-system-x86_64")
+
+
+def ended(process: subprocess.Popen[bytes]) -> bool:
+    try:
+        return process.wait(5) == -signal.SIGKILL
+    except subprocess.TimeoutExpired:
+        return False
+
+
+@pytest.fixture
+def processes() -> Iterator[list[subprocess.Popen[bytes]]]:
+    started: list[subprocess.Popen[bytes]] = []
+    yield started
+    for p in started:
+        p.kill()
+        p.wait()
+
+
+def test_a_qemu_that_nobody_knows_is_ended(h: Host, processes: list[subprocess.Popen[bytes]]) -> None:
+    """What an interrupted capability probe of libvirt leaves, and what a lost domain does."""
+    socket = f"{h.paths.libvirt}/lib/qemu/capabilities.monitor.sock"
+    processes += [fake_qemu(h, "-machine", "none,accel=kvm:tcg", socket), fake_qemu(h, f"x={socket}")]
+    found = strays(h)
+    assert kinds(found) == ["process", "process"]
+    assert sum("capability probe" in s.name for s in found) == 1
+    assert all(s.removed for s in removed(h, found))
+    assert all(ended(p) for p in processes)
+
+
+def test_a_qemu_of_another_root_is_not_ours(
+    h: Host, processes: list[subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
+    processes.append(fake_qemu(h, f"x={tmp_path}/monitor.sock", root=tmp_path))
+    processes.append(fake_qemu(h, f"x={h.paths.libvirt}-other/monitor.sock", root=tmp_path))
+    assert strays(h) == []
+
+
+def test_a_qemu_that_is_just_being_started_is_spared(
+    h: Host, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    """Between QEMU's start and libvirt's listing there is a moment in which only the row tells whose it is."""
+    h.ledger.enter(Kind.DOMAIN, "hc-c1-origin-0a1b2c3d", "c1")
+    root = f"x={h.paths.libvirt}/x"
+    processes.append(fake_qemu(h, "-name", "guest=hc-c1-origin-0a1b2c3d,debug-threads=on", root))
+    assert strays(h, "c1") == []
+    assert kinds(strays(h)) == ["domain", "process"], (
+        "without its cell it is a stray, as domain and as process"
+    )
+
+
+def test_a_process_of_an_exchanged_pid_is_not_killed(h: Host) -> None:
+    bystander = subprocess.Popen(["/bin/sleep", "60"])
+    try:
+        stray = Stray(kind="process", name=f"{bystander.pid} qemu", owner="", removed=False, problem="")
+        removed(h, [stray])
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+def test_the_name_of_a_process_that_is_none_is_a_problem_not_a_crash(h: Host) -> None:
+    done = removed(h, [Stray(kind="process", name="x y", owner="", removed=False, problem="")])
+    assert not done[0].removed
+    done = removed(h, [Stray(kind="spaceship", name="x", owner="", removed=False, problem="")])
+    assert not done[0].removed
+    assert sweep._cell_folders(h.paths) == []

@@ -1,0 +1,121 @@
+"""Reset is proved, and every way to fake a clean machine that we could think of is noticed."""
+
+from __future__ import annotations
+
+import shutil
+import time
+
+import pytest
+
+from appliance.cell import baseline as saved
+from appliance.cell.baseline import Baseline, Workshop, check_files, prove
+from appliance.cell.overlay import create_overlay
+from appliance.cell.proof import guest_checks, guest_facts
+from appliance.errors import ResetError
+from tests.vm.conftest import OpenCell
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(400)]
+CHECKS = 10
+
+
+def test_a_restored_machine_is_proved_and_answers(
+    open_cell: OpenCell, baselines: dict[str, Baseline]
+) -> None:
+    cell = open_cell("origin", "target-1", plug=False)
+    proofs = cell.restore_all([], lambda _p: None)
+    assert proofs == []
+    machine = cell.machine("origin")
+    again = prove(machine, baselines["origin"], time.monotonic())
+    # The sentinels that the first proof planted are now in RAM and on disk: no longer a clean machine.
+    assert len(again.checks) == CHECKS
+    assert {c.name for c in again.checks if not c.passed} == {
+        "no RAM sentinel of an earlier run",
+        "no disk sentinel of an earlier run",
+    }
+
+
+def test_reset_takes_back_files_memory_and_processes(
+    open_cell: OpenCell, baselines: dict[str, Baseline]
+) -> None:
+    cell = open_cell("origin")
+    dirty = cell.machine("origin")
+    dirty.qga.write_file("/root/dirt", b"x" * 100_000)
+    dirty.qga.write_file("/dev/shm/dirt", b"x" * 100_000)
+    dirty.qga.start(["/bin/sleep", "10000"])
+    proof = cell.replace(baselines["origin"], lambda _p: None)
+    assert proof.proved, proof.failures
+    clean = cell.machine("origin")
+    assert clean.id != dirty.id
+    assert clean.qga.exec(["/usr/bin/test", "-e", "/root/dirt"]).rc == 1
+    assert clean.qga.exec(["/usr/bin/test", "-e", "/dev/shm/dirt"]).rc == 1
+    assert b"sleep" not in clean.qga.exec(["/bin/ps", "-eo", "comm"]).stdout
+
+
+def test_an_extra_process_is_noticed(open_cell: OpenCell, baselines: dict[str, Baseline]) -> None:
+    machine = open_cell("origin").machine("origin")
+    machine.qga.start(["/usr/bin/setsid", "-f", "/bin/sleep", "10000"])
+    time.sleep(1)
+    failed = [
+        c for c in guest_checks(guest_facts(machine.qga, ""), baselines["origin"].expected) if not c.passed
+    ]
+    assert "processes are the baseline's" in {c.name for c in failed}
+
+
+def test_a_swapped_overlay_is_noticed(open_cell: OpenCell, baselines: dict[str, Baseline]) -> None:
+    machine = open_cell("origin", plug=False).machine("origin")
+    aside = machine.spec.overlay.with_suffix(".aside")
+    machine.spec.overlay.rename(aside)
+    create_overlay(machine.spec.overlay, baselines["origin"].folder / saved.DISK)
+    failed = {c.name for c in prove(machine, baselines["origin"], time.monotonic()).checks if not c.passed}
+    assert {"overlay is the file made for this incarnation", "QEMU has this overlay open"} <= failed
+
+
+def test_another_backing_file_is_noticed(open_cell: OpenCell, baselines: dict[str, Baseline]) -> None:
+    machine = open_cell("origin", plug=False).machine("origin")
+    failed = {c.name for c in prove(machine, baselines["target-1"], time.monotonic()).checks if not c.passed}
+    assert {"backing chain", "boot id is the baseline's", "baseline RAM is mapped privately"} <= failed
+
+
+@pytest.mark.parametrize("part", [saved.RAM, saved.STATE, saved.DISK])
+def test_one_changed_byte_of_a_baseline_is_noticed_before_use(
+    part: str, shop: Workshop, baselines: dict[str, Baseline]
+) -> None:
+    original = baselines["world"]
+    folder = original.folder.with_name(f"copy-{part}")
+    shutil.copytree(original.folder, folder)
+    try:
+        facts = {name: saved.file_fact(folder / name) for name in original.files}
+        copy = original.model_copy(update={"folder": folder, "files": facts})
+        check_files(copy, read=True)
+        with (folder / part).open("r+b") as f:
+            f.seek((folder / part).stat().st_size // 2)
+            byte = f.read(1)
+            f.seek(-1, 1)
+            f.write(bytes([byte[0] ^ 1]))
+        with pytest.raises(ResetError, match=f"{part} is not what was saved"):
+            saved.restore(shop, copy, "never")
+        assert shop.ledger.things(owner="never") == []
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_a_failed_proof_withholds_the_machine(open_cell: OpenCell, baselines: dict[str, Baseline]) -> None:
+    cell = open_cell("origin", plug=False)
+    wrong = baselines["target-1"].model_copy(
+        update={"expected": baselines["target-1"].expected.model_copy(update={"nonce": "another"})}
+    )
+    with pytest.raises(ResetError, match="withheld: target-1"):
+        cell.restore_all([wrong], lambda _p: None)
+    assert "target-1" not in cell.machines
+    assert not cell.machine("origin").plugged
+
+
+def test_ten_resets_leave_nothing_behind(
+    open_cell: OpenCell, baselines: dict[str, Baseline], shop: Workshop
+) -> None:
+    cell = open_cell("origin")
+    before = len(shop.ledger.things())
+    for _ in range(10):
+        assert cell.replace(baselines["origin"], lambda _p: None).proved
+    assert len(shop.ledger.things()) == before
+    assert len(list((shop.paths.cells / cell.id).iterdir())) == 1
