@@ -6,6 +6,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fakes.cells import Host, host
@@ -104,7 +105,9 @@ def test_a_folder_elsewhere_is_never_touched(
 ) -> None:
     """A row is trusted to name things below the places of machines only: a wrong one must not cost evidence."""
     gone: list[object] = []
-    monkeypatch.setattr(sweep.shutil, "rmtree", gone.append)  # should the guard fail, nothing is lost by it
+    # Should the guard fail, nothing is lost by it. The name is replaced, not the module's function, which
+    # the fixture's own temporary folder needs.
+    monkeypatch.setattr(sweep, "shutil", SimpleNamespace(rmtree=gone.append))
     keep = {
         "outside": tmp_path / "precious", "home itself": h.paths.home, "bundles": h.paths.bundles / "t1",
         "dots": h.paths.cells / "x" / ".." / ".." / "bundles" / "t1", "images": h.paths.images / "d",
