@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from appliance.cli_client import Client, connect
+from appliance.cli.client import Client, connect
 from appliance.host.clock import wait_until
 from appliance.host.paths import Paths, default_paths
 from appliance.service import TrialRequest, TrialView

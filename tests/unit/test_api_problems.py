@@ -9,7 +9,7 @@ from fakes.client import client
 from fakes.service import FakeLab
 
 from api.problems import Problem, status_of
-from appliance.cli_client import known_errors
+from appliance.cli.client import known_errors
 from appliance.errors import (
     Blame,
     CapacityError,

@@ -157,7 +157,7 @@ def test_the_agent_stands_alone() -> None:
 
 def test_every_folder_of_the_package_is_a_stage() -> None:
     folders = {p.name for p in (ROOT / "appliance").iterdir() if p.is_dir() and (p / "__init__.py").exists()}
-    assert folders == {*STAGES, "pipeline"}
+    assert folders == {*STAGES, "pipeline", "cli"}
 
 
 def test_ansible_is_no_python_package() -> None:
@@ -199,7 +199,7 @@ def test_no_registry_is_hard_coded() -> None:
         ("appliance/store/x.py", "from appliance.cli import main"),
         ("appliance/pipeline/lab.py", "from appliance.cli import main"),
         ("appliance/pipeline/lab.py", "from api.app import make"),
-        ("api/app.py", "from appliance.cli_common import out"),
+        ("api/app.py", "from appliance.cli.common import out"),
         ("appliance/cell/x.py", "from agent.loop import run"),
         ("appliance/cell/x.py", "from .qga import Qga"),
     ],
@@ -213,7 +213,7 @@ def test_the_order_rule_refuses(file: str, text: str) -> None:
     [
         ("appliance/host/x.py", "from appliance.config import HostSettings"),
         ("appliance/score/x.py", "from appliance.trial.records import Probe"),
-        ("appliance/cli.py", "from appliance.pipeline import run\nfrom api.app import make"),
+        ("appliance/cli/app.py", "from appliance.pipeline import run\nfrom api.app import make"),
         ("api/x.py", "from appliance.service import Service"),
     ],
 )

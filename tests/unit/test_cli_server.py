@@ -14,9 +14,10 @@ import pytest
 from fakes import server as fake_server
 from fakes.running import short_home
 
-from appliance import cli_demo, cli_server
+from appliance.cli import demo as cli_demo
 from appliance.cli import main
-from appliance.cli_common import Options
+from appliance.cli import server as cli_server
+from appliance.cli.common import Options
 from appliance.host import command
 from appliance.host.paths import PROJECT, Paths
 
@@ -80,7 +81,7 @@ def test_the_child_gets_the_same_home_and_settings(home: Paths) -> None:
 
 def test_a_server_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     child = (
-        "import sys, os, signal; from appliance.cli_server import die_with_parent; "
+        "import sys, os, signal; from appliance.cli.server import die_with_parent; "
         "die_with_parent(int(sys.argv[1])); print(os.getpid(), flush=True); signal.pause()"
     )
     parent = (

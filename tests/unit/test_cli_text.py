@@ -13,12 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api import tarstream
-from appliance import cli_client, cli_demo
+from appliance.cli import client as cli_client
+from appliance.cli import demo as cli_demo
 from appliance.cli import main
-from appliance.cli_app import _VERBS, app
-from appliance.cli_bundle import unpack
-from appliance.cli_common import clean, exit_code, pairs, table
-from appliance.cli_render import describe, journal_line, phases
+from appliance.cli.app import _VERBS, app
+from appliance.cli.bundle import unpack
+from appliance.cli.common import clean, exit_code, pairs, table
+from appliance.cli.render import describe, journal_line, phases
 from appliance.errors import (
     CapacityError,
     ConfigError,
@@ -187,7 +188,7 @@ def test_a_problem_of_an_unknown_code_keeps_its_blame() -> None:
 def test_the_bill_adds_up_and_names_usage() -> None:
     from fakes.service import FakeLab
 
-    from appliance.cli_run import Followed
+    from appliance.cli.run import Followed
     from appliance.service import TrialRequest
 
     trial = FakeLab(Path())._new(TrialRequest(subject="idle"))

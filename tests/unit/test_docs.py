@@ -10,7 +10,7 @@ import pytest
 import typer.main
 from pydantic import BaseModel
 
-from appliance.cli_app import app
+from appliance.cli.app import app
 from appliance.config import HostSettings, PolicySpec, ScenarioSpec, SubjectSpec
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from appliance.cli_client import Client, connect
-from appliance.cli_common import Options, Reporter
+from appliance.cli.client import Client, connect
+from appliance.cli.common import Options, Reporter
 from appliance.errors import HostError, PrerequisiteError, UserError
 from appliance.host import command
 from appliance.host.paths import PROJECT

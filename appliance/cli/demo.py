@@ -10,13 +10,13 @@ from typing import Annotated
 
 import typer
 
-from appliance.cli_client import Client
-from appliance.cli_common import LAB, Options, clean, note, options, out, reporter, table
-from appliance.cli_local import build_all
-from appliance.cli_render import outcome, phases
-from appliance.cli_run import Followed, run_one, worst
-from appliance.cli_server import server
-from appliance.cli_verbs import ladder
+from appliance.cli.client import Client
+from appliance.cli.common import LAB, Options, clean, note, options, out, reporter, table
+from appliance.cli.local import build_all
+from appliance.cli.render import outcome, phases
+from appliance.cli.run import Followed, run_one, worst
+from appliance.cli.server import server
+from appliance.cli.verbs import ladder
 from appliance.model import TrialState
 from appliance.service import TrialRequest
 

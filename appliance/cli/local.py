@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from appliance.cli_client import connect
-from appliance.cli_common import (
+from appliance.cli.client import connect
+from appliance.cli.common import (
     HOST,
     LAB,
     Json,
@@ -23,7 +23,7 @@ from appliance.cli_common import (
     reporter,
     show,
 )
-from appliance.cli_server import answers, die_with_parent
+from appliance.cli.server import answers, die_with_parent
 from appliance.errors import ConfigError
 from appliance.service import SweepView
 

@@ -32,8 +32,8 @@ def _run(argv: list[str] | None) -> int:
     import typer
     from typer.exceptions import TyperException
 
-    from appliance.cli_app import app
-    from appliance.cli_common import INTERRUPTED, exit_code, note, say_error
+    from appliance.cli.app import app
+    from appliance.cli.common import INTERRUPTED, exit_code, note, say_error
 
     try:
         status = app(argv, prog_name="hotcell", standalone_mode=False)
@@ -47,7 +47,3 @@ def _run(argv: list[str] | None) -> int:
     except typer.Abort:
         return INTERRUPTED
     return status if isinstance(status, int) else 0
-
-
-if __name__ == "__main__":
-    main()

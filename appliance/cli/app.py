@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
-from appliance import __version__, cli_bundle, cli_demo, cli_local, cli_run, cli_verbs
-from appliance.cli_common import Options, out
+from appliance import __version__
+from appliance.cli import bundle, demo, local, run, verbs
+from appliance.cli.common import Options, out
 from appliance.host.paths import default_paths
 
 app = typer.Typer(
@@ -28,37 +29,37 @@ _LOOK = "Machines"
 _HOST = "This host"
 _VERBS: dict[str, dict[str, Callable[..., None]]] = {
     _HOST: {
-        "doctor": cli_local.doctor,
-        "build": cli_local.build,
-        "demo": cli_demo.demo,
-        "serve": cli_local.serve,
-        "sweep": cli_local.sweep,
-        "reindex": cli_local.reindex,
-        "verify": cli_local.verify,
+        "doctor": local.doctor,
+        "build": local.build,
+        "demo": demo.demo,
+        "serve": local.serve,
+        "sweep": local.sweep,
+        "reindex": local.reindex,
+        "verify": local.verify,
     },
     _WORK: {
-        "run": cli_run.run,
-        "trials": cli_verbs.trials,
-        "show": cli_verbs.show_trial,
-        "follow": cli_run.follow,
-        "score": cli_verbs.score,
-        "bundle": cli_bundle.bundle,
-        "abort": cli_verbs.abort,
+        "run": run.run,
+        "trials": verbs.trials,
+        "show": verbs.show_trial,
+        "follow": run.follow,
+        "score": verbs.score,
+        "bundle": bundle.bundle,
+        "abort": verbs.abort,
     },
     _LOOK: {
-        "health": cli_verbs.health,
-        "images": cli_verbs.images,
-        "baselines": cli_verbs.baselines,
-        "cells": cli_verbs.cells,
-        "machines": cli_verbs.machines,
-        "open": cli_verbs.open_cell,
-        "close": cli_verbs.close_cell,
-        "snapshot": cli_verbs.snapshot,
-        "reset": cli_verbs.reset,
-        "exec": cli_verbs.run_in_guest,
-        "probe": cli_verbs.probe,
-        "kill": cli_verbs.kill,
-        "rearm": cli_verbs.rearm,
+        "health": verbs.health,
+        "images": verbs.images,
+        "baselines": verbs.baselines,
+        "cells": verbs.cells,
+        "machines": verbs.machines,
+        "open": verbs.open_cell,
+        "close": verbs.close_cell,
+        "snapshot": verbs.snapshot,
+        "reset": verbs.reset,
+        "exec": verbs.run_in_guest,
+        "probe": verbs.probe,
+        "kill": verbs.kill,
+        "rearm": verbs.rearm,
     },
 }
 for _group, _verbs in _VERBS.items():

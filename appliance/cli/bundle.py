@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
-from appliance.cli_common import Trial, out
-from appliance.cli_verbs import call
+from appliance.cli.common import Trial, out
+from appliance.cli.verbs import call
 from appliance.errors import ConfigError, EvidenceError
 
 

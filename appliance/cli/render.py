@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
-from appliance.cli_common import clean, table
+from appliance.cli.common import clean, table
 from appliance.model import TrialState, printable
 from appliance.service import TrialView
 from appliance.trial.records import JournalEntry

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from appliance.cli_client import Client, connect
-from appliance.cli_common import (
+from appliance.cli.client import Client, connect
+from appliance.cli.common import (
     LAB,
     OTHER,
     Cell,
@@ -22,7 +22,7 @@ from appliance.cli_common import (
     out_json,
     show,
 )
-from appliance.cli_render import outcome, trial_table, trial_text
+from appliance.cli.render import outcome, trial_table, trial_text
 from appliance.model import TrialState
 from appliance.service import (
     BaselineView,

@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
-from appliance.cli_client import Client
-from appliance.cli_common import (
+from appliance.cli.client import Client
+from appliance.cli.common import (
     INTERRUPTED,
     LAB,
     OTHER,
@@ -27,9 +27,9 @@ from appliance.cli_common import (
     pairs,
     reporter,
 )
-from appliance.cli_render import journal_line, outcome
-from appliance.cli_server import server
-from appliance.cli_verbs import ladder
+from appliance.cli.render import journal_line, outcome
+from appliance.cli.server import server
+from appliance.cli.verbs import ladder
 from appliance.errors import ConfigError, ConflictError, HotcellError, LabError
 from appliance.model import TrialState
 from appliance.service import FootprintView, HealthView, LimitOverrides, TrialRequest, TrialView
@@ -186,7 +186,7 @@ def follow(ctx: typer.Context, trial: Trial, as_json: Json = False) -> None:
 
     Leaving with Ctrl-C does not stop the trial.
     """
-    from appliance.cli_client import connect
+    from appliance.cli.client import connect
 
     o = options(ctx)
     with connect(o.paths, o.server, o.token_file) as client:
