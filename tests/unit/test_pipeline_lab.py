@@ -17,7 +17,7 @@ from appliance.cell.ledger import Kind
 from appliance.config import HostSettings, load_library
 from appliance.errors import Blame, CapacityError, ConflictError, GuestChannelError, LabError, NotFoundError
 from appliance.model import TrialState
-from appliance.pipeline import lab as lab_module
+from appliance.pipeline import cells as cells_module
 from appliance.pipeline import trials as trials_module
 from appliance.pipeline.fleet import machines_for, require_capacity
 from appliance.pipeline.lab import Lab
@@ -39,7 +39,7 @@ def w(monkeypatch: pytest.MonkeyPatch) -> Iterator[Workbench]:
     def fleet(*_: object) -> object:
         return (machine_spec("origin"), machine_spec("target-1")), WEIGHTS
 
-    for module in (lab_module, trials_module):
+    for module in (cells_module, trials_module):
         monkeypatch.setattr(module, "machines_for", fleet)
         monkeypatch.setattr(module, "require_capacity", lambda *_: None)
     with workbench(monkeypatch) as made:
@@ -162,7 +162,7 @@ def test_a_defect_in_one_trial_keeps_the_worker(
     monkeypatch.setattr(trials_module, "conduct", conduct)
     bad, good = lab.create_trial(ASKED).id, lab.create_trial(ASKED).id
     assert ended(lab, good).state is TrialState.SEALED
-    live = lab._desk.live(bad)
+    live = lab._trials.live(bad)
     assert live is not None
     assert live.outcome is not None
     assert (live.outcome.state, live.outcome.blame) == (TrialState.VOID, Blame.LAB)
@@ -210,7 +210,7 @@ def test_one_request_at_a_time_for_a_machine(lab: Lab) -> None:
     cell = lab.open_cell(CellRequest()).id
     slow = threading.Thread(target=lab.exec, args=(cell, "origin", ["/bin/sleep", "1"], 10))
     slow.start()
-    wait_for(lambda: lab._busy)
+    wait_for(lambda: lab._desk.busy())
     with pytest.raises(ConflictError, match="busy"):
         lab.exec(cell, "origin", ["/bin/true"], 5)
     assert lab.exec(cell, "target-1", ["/bin/true"], 5).rc == 0

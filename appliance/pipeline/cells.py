@@ -1,0 +1,190 @@
+"""The cells' desk: cells opened by hand, and the verbs on single machines of them.
+
+A machine is claimed for the length of one request; a second request for it is refused at once, never queued.
+A cell of a running trial is the trial's alone.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from appliance.cell.baseline import Baseline
+from appliance.cell.cell import Cell
+from appliance.cell.incarnation import Incarnation
+from appliance.cell.proof import Proof
+from appliance.cell.snapshot import snapshot
+from appliance.config import HostSettings, Library
+from appliance.errors import ConflictError, LabError, NotFoundError
+from appliance.pipeline import views
+from appliance.pipeline.conduct import Bench
+from appliance.pipeline.fleet import machines_for, require_capacity
+from appliance.pipeline.trials import TrialDesk
+from appliance.service import BaselineView, CellRequest, CellView, ExecView, MachineView, ProbeView, ResetView
+from appliance.trial.probing import probe
+
+
+class CellDesk:
+    """Every call may come from any thread. ``cells`` holds all open cells, also those of trials."""
+
+    def __init__(
+        self,
+        bench: Bench,
+        settings: HostSettings,
+        library: Library,
+        cells: dict[str, Cell],
+        trials: TrialDesk,
+    ) -> None:
+        self._bench = bench
+        self._settings = settings
+        self._library = library
+        self._cells = cells
+        self._trials = trials
+        self._lock = threading.Lock()
+        self._busy: set[tuple[str, str]] = set()
+
+    # -- looking --------------------------------------------------------------------------------------
+
+    def all(self) -> list[Cell]:
+        """Open cells, the trials' too."""
+        with self._lock:
+            return list(self._cells.values())
+
+    def views(self) -> list[CellView]:
+        """Open cells, for clients."""
+        return [self._view(c) for c in self.all()]
+
+    def _view(self, cell: Cell) -> CellView:
+        trial = self._trials.trial_of(cell.id)
+        plugged = any(m.plugged for m in cell.machines.values())
+        return views.cell_view(cell, trial, "plugged" if plugged else "cut" if cell.machines else "empty")
+
+    def machines(self) -> list[MachineView]:
+        """Machines of all open cells."""
+        return [views.machine_view(m) for c in self.all() for m in list(c.machines.values())]
+
+    def busy(self) -> bool:
+        """Whether a machine is claimed by a request now."""
+        return bool(self._busy)
+
+    # -- cells ----------------------------------------------------------------------------------------
+
+    def open(self, request: CellRequest) -> CellView:
+        """A cell with an origin and targets, outside of trials; made of the replicate scenario's machines."""
+        self._trials.require_accepting()
+        self._library.policy(request.policy)
+        scenario = self._library.scenario("replicate").model_copy(update={"targets": request.targets})
+        machines, _ = machines_for(self._library.subject("idle"), scenario, self._settings, self._bench.paths)
+        require_capacity(machines, self._settings, self._bench.paths.home)
+        baselines = self._bench.shelf.ensure(machines, lambda _m, _d, _s: None)
+        cell = Cell(f"c{secrets.token_hex(3)}", self._bench.shop)
+        with self._lock:
+            self._cells[cell.id] = cell
+        try:
+            # Again: baselines may have taken minutes, and the kill switch condemned the cells it saw.
+            self._trials.require_accepting()
+            cell.open()
+            cell.restore_all([baselines[m.name] for m in machines], lambda _p: None)
+            cell.plug_all()
+        except BaseException:
+            self.remove(cell)
+            raise
+        return self._view(cell)
+
+    def close(self, cell: str) -> CellView:
+        """Stop a cell's machines and remove all that is theirs."""
+        found = self._own(cell)
+        view = self._view(found)
+        self.remove(found)
+        return view.model_copy(update={"state": "closed", "machines": ()})
+
+    def remove(self, cell: Cell) -> None:
+        """Close a cell, whoever opened it, and forget it."""
+        try:
+            cell.close()
+        finally:
+            with self._lock:
+                self._cells.pop(cell.id, None)
+
+    def _own(self, cell: str) -> Cell:
+        with self._lock:
+            found = self._cells.get(cell)
+            known = ", ".join(self._cells) or "none"
+        if found is None:
+            raise NotFoundError(f"there is no open cell {cell!r}", hint=f"open cells: {known}")
+        trial = self._trials.trial_of(cell)
+        if trial is not None:
+            raise ConflictError(
+                f"cell {cell} belongs to the running trial {trial}", hint=f"`hotcell abort {trial}` ends it"
+            )
+        return found
+
+    # -- machines -------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _claim(self, cell: str, machine: str) -> Iterator[tuple[Cell, Incarnation]]:
+        """One machine, for one request.
+
+        Raises:
+            NotFoundError: there is no such cell or machine.
+            ConflictError: the cell is a trial's, or another request has the machine.
+        """
+        found = self._own(cell)
+        incarnation = found.machine(machine)
+        with self._lock:
+            if (cell, machine) in self._busy:
+                raise ConflictError(
+                    f"{machine} of {cell} is busy with another request", hint="repeat it when that has ended"
+                )
+            self._busy.add((cell, machine))
+        try:
+            yield found, incarnation
+        finally:
+            with self._lock:
+                self._busy.discard((cell, machine))
+
+    def snapshot(self, cell: str, machine: str, name: str) -> BaselineView:
+        """Save a machine's present state as a baseline; the machine goes on from it, proved."""
+        with self._claim(cell, machine) as (found, incarnation):
+            taken = next((b for b in self._bench.shelf.all() if b.id == name), None)
+            if taken is not None:
+                raise ConflictError(f"there is a baseline {name!r} already", hint="choose another name")
+            made = snapshot(self._bench.shop, found, machine, self._baseline_of(incarnation), name)
+            found.replace(made, lambda _p: None)
+            found.plug_all()
+            return views.baseline_view(made)
+
+    def reset(self, cell: str, machine: str) -> ResetView:
+        """Put one machine back to the baseline it came from, prove it, plug it in again."""
+        with self._claim(cell, machine) as (found, incarnation):
+            proof: Proof = found.replace(self._baseline_of(incarnation), lambda _p: None)
+            found.plug_all()
+            return ResetView(cell=cell, machine=machine, proved=proof.proved, proof=views.proof_record(proof))
+
+    def _baseline_of(self, machine: Incarnation) -> Baseline:
+        ram = machine.spec.ram_file
+        found = next((b for b in self._bench.shelf.all() if b.expected.ram_file == ram), None)
+        if found is None:
+            raise LabError(
+                f"the baseline of {machine.name} is gone", hint="close the cell and open a new one"
+            )
+        return found
+
+    def exec(self, cell: str, machine: str, argv: list[str], timeout_s: float) -> ExecView:
+        """Run a command in a guest, by absolute path, through the qga."""
+        with self._claim(cell, machine) as (_, incarnation):
+            began = time.monotonic()
+            result = incarnation.qga.exec(argv, timeout_s=timeout_s)
+            return views.exec_view(result, time.monotonic() - began)
+
+    def probe(self, cell: str, machine: str) -> ProbeView:
+        """Ask what answers on a machine."""
+        with self._claim(cell, machine) as (_, incarnation):
+            result = probe(incarnation, "before")
+        return ProbeView(
+            machine=machine, model=result.model is not None, agent=result.agent is not None,
+            listeners=result.listeners, seconds=result.ended - result.started, problem=result.problem,
+        )  # fmt: skip
