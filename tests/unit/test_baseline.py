@@ -13,7 +13,6 @@ import pytest
 from fakes.cells import Host, host
 from fakes.machine import FACTS, incarnation, machine_spec
 
-from appliance.cell import baseline as module
 from appliance.cell import migration
 from appliance.cell.baseline import (
     DISK,
@@ -30,7 +29,10 @@ from appliance.cell.baseline import (
     read,
     record_expected,
     restore,
+    restoring,
+    template,
 )
+from appliance.cell.baseline import record as record_module
 from appliance.cell.incarnation import Incarnation
 from appliance.errors import LabError, ResetError
 from appliance.model import Accelerator
@@ -40,7 +42,7 @@ VERSIONS = {"libvirt": "9.0.0", "qemu": "7.2.0"}
 
 @pytest.fixture
 def h(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
-    monkeypatch.setattr(module, "_SETTLE_S", 0.0)
+    monkeypatch.setattr(template, "_SETTLE_S", 0.0)
     with host(monkeypatch) as made:
         yield made
 
@@ -168,7 +170,7 @@ def test_the_key_changes_with_what_a_baseline_depends_on(changed: Callable[[], s
 
 def test_the_key_changes_with_the_hosts_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     before = baseline_key(machine_spec(), Accelerator.TCG, VERSIONS, "r")
-    monkeypatch.setattr(module, "_cpu_model", lambda: "another")
+    monkeypatch.setattr(record_module, "_cpu_model", lambda: "another")
     assert baseline_key(machine_spec(), Accelerator.TCG, VERSIONS, "r") != before
 
 
@@ -204,7 +206,7 @@ def test_the_process_list_has_to_settle(h: Host, machine: Incarnation, tmp_path:
 def test_a_guest_that_does_not_answer_is_a_failed_check(
     h: Host, machine: Incarnation, monkeypatch: pytest.MonkeyPatch, state: str
 ) -> None:
-    monkeypatch.setattr(module, "host_checks", lambda _clone, _expected: iter(()))
+    monkeypatch.setattr(restoring, "host_checks", lambda _clone, _expected: iter(()))
     if state == "tampering":
         h.guest("origin").facts = {"boot_id": 5}
     elif state == "gone":

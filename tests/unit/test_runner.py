@@ -211,10 +211,11 @@ def test_a_qga_that_tampers_at_the_stop_is_noted(s: Stage) -> None:
 
 def test_a_guest_that_tampers_in_its_reset_is_withheld(s: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the subject ran, nobody but our own baseline can be at fault: the trial is void."""
-    from appliance.cell import baseline, cell
+    from appliance.cell import cell
+    from appliance.cell.baseline import restoring
 
-    monkeypatch.setattr(cell, "prove", baseline.prove)
-    monkeypatch.setattr(baseline, "host_checks", lambda _clone, _expected: iter(()))
+    monkeypatch.setattr(cell, "prove", restoring.prove)
+    monkeypatch.setattr(restoring, "host_checks", lambda _clone, _expected: iter(()))
     monkeypatch.setattr(proof, "guest_checks", proof.guest_checks)
     s.host.guest("target-1").facts = FACTS | {"boot_id": 5}
     with pytest.raises(ResetError, match="withheld") as e:

@@ -1,0 +1,155 @@
+"""The record of a baseline and its files: written once, found again, checked before each use."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from appliance.cell import overlay
+from appliance.cell.proof import Expected
+from appliance.cell.spec import MachineSpec
+from appliance.errors import LabError, ResetError
+from appliance.host.paths import Paths
+from appliance.model import Accelerator, Frozen
+
+RAM, STATE, DISK, RECORD = "ram", "state", "disk.qcow2", "baseline.json"
+_PARTS = (RAM, STATE, DISK)
+
+
+class FileFact(Frozen):
+    """A file's content and the signs by which a later change is noticed without reading it again."""
+
+    sha256: str
+    size: int
+    inode: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+class Baseline(Frozen):
+    """The record of one baseline. ``key`` is what it was made from; equal key, equal baseline."""
+
+    key: str
+    machine: MachineSpec
+    accelerator: Accelerator
+    expected: Expected
+    files: dict[str, FileFact]
+    created: float
+    seconds: float
+    versions: dict[str, str]
+    folder: Path
+    label: str = ""
+    parent: str = ""
+
+    @property
+    def id(self) -> str:
+        """Its name: the label if it was given one, else machine and the first digits of the key."""
+        return self.label or f"{self.machine.name}-{self.key[:12]}"
+
+
+def baseline_key(
+    machine: MachineSpec, accelerator: Accelerator, versions: dict[str, str], recipe: str
+) -> str:
+    """sha256 over everything a baseline depends on. ``recipe`` names and versions its warm-up."""
+    basis = {
+        "machine": machine.model_dump(mode="json"),
+        "accelerator": accelerator,
+        "versions": versions,
+        "recipe": recipe,
+        "format": 1,
+        "host_cpu": _cpu_model(),
+    }
+    return hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
+
+
+def _cpu_model() -> str:
+    """A saved CPU state is only valid on a CPU with the same features."""
+    wanted = ("model name", "flags", "microcode")
+    lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    return "\n".join(x for x in lines if x.split("\t")[0].strip() in wanted)
+
+
+def publish(record: Baseline, folder: Path) -> Baseline:
+    """Freeze the files of ``folder``, note what they are, and give them their final place.
+
+    Raises:
+        LabError: there is a baseline in that place already.
+    """
+    for part in _PARTS:
+        path = folder / part
+        with path.open("rb") as f:
+            os.fsync(f.fileno())
+        overlay.freeze(path)
+    if record.folder.exists():
+        if read(record.folder) is not None:
+            raise LabError(
+                f"there is a baseline {record.id} already", hint="delete it, or choose another name"
+            )
+        shutil.rmtree(record.folder)
+    # Facts are taken after the last change of any inode field; a rename changes only the folder's.
+    record = record.model_copy(update={"files": {part: file_fact(folder / part) for part in _PARTS}})
+    (folder / RECORD).write_text(record.model_dump_json(indent=1))
+    folder.rename(record.folder)
+    return record
+
+
+def file_fact(path: Path) -> FileFact:
+    """Read a file once and note its digest and its inode's signs."""
+    sha256 = overlay.digest(path)
+    stat = path.stat()
+    return FileFact(
+        sha256=sha256,
+        size=stat.st_size,
+        inode=stat.st_ino,
+        mtime_ns=stat.st_mtime_ns,
+        ctime_ns=stat.st_ctime_ns,
+    )
+
+
+def read(folder: Path) -> Baseline | None:
+    """The record of a baseline's folder; an unreadable one counts as none, and so does one of another place.
+
+    A home that was copied holds records that name the files of the first: those are not this home's to use,
+    and least of all to remove.
+    """
+    try:
+        record = Baseline.model_validate_json((folder / RECORD).read_bytes())
+    except (OSError, ValidationError):
+        return None
+    return record if record.folder == folder else None
+
+
+def find(paths: Paths, machine: str, key: str) -> Baseline | None:
+    """An existing baseline of that key."""
+    found = read(paths.baselines / f"{machine}-{key[:12]}")
+    return found if found is not None and found.key == key else None
+
+
+def check_files(baseline: Baseline, *, read: bool = False) -> None:
+    """Make sure that a baseline's files are what was recorded, before they are used.
+
+    Inode signs are compared every time (microseconds); content is read if ``read`` or if a sign differs.
+
+    Raises:
+        ResetError: a file is missing or its content changed.
+    """
+    for part, fact in baseline.files.items():
+        path = baseline.folder / part
+        try:
+            stat = path.stat()
+        except OSError as e:
+            raise ResetError(
+                f"baseline {baseline.id} has lost {part}: {e}", hint="delete it; it is made anew"
+            ) from e
+        same = (stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns) == (
+            fact.size, fact.inode, fact.mtime_ns, fact.ctime_ns,
+        )  # fmt: skip
+        if (read or not same) and overlay.digest(path) != fact.sha256:
+            raise ResetError(
+                f"baseline {baseline.id}: {part} is not what was saved", hint="delete it; it is made anew"
+            )

@@ -1,0 +1,58 @@
+"""A clone of a baseline, and the proof that it is one."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+from appliance.cell import migration
+from appliance.cell.baseline.record import DISK, RAM, STATE, Baseline, check_files
+from appliance.cell.baseline.workshop import Workshop
+from appliance.cell.incarnation import Incarnation
+from appliance.cell.proof import Check as ProofCheck
+from appliance.cell.proof import Proof, guest_checks, guest_facts, host_checks
+from appliance.errors import GuestChannelError, GuestTamperError, LabError
+from appliance.model import printable
+
+
+def restore(shop: Workshop, baseline: Baseline, cell: str) -> Incarnation:
+    """A clone of a baseline: running, unplugged, not yet proved.
+
+    Raises:
+        ResetError: the baseline's files changed.
+        LabError: libvirt or QEMU refused.
+    """
+    check_files(baseline)
+    clone = shop.prepare(
+        baseline.machine, cell, backing=baseline.folder / DISK, ram=baseline.folder / RAM, incoming=True
+    )
+    try:
+        clone.start()
+        migration.load_state(clone, baseline.folder / STATE)
+        clone.resume()
+    except BaseException:
+        # The first error is the one to tell; the ledger knows what is left.
+        with contextlib.suppress(LabError):
+            clone.destroy()
+        raise
+    return clone
+
+
+def prove(clone: Incarnation, baseline: Baseline, began: float) -> Proof:
+    """Hold a restored, unplugged machine against its baseline; plants the new incarnation's sentinels.
+
+    ``began`` is the monotonic time of the request. A guest that does not answer or answers nonsense is a
+    failed check, so the caller withholds the machine.
+    """
+    checks: list[ProofCheck] = list(host_checks(clone, baseline.expected))
+    try:
+        clone.wait_for_agent(30)
+        checks += guest_checks(guest_facts(clone.qga, clone.id), baseline.expected)
+    except (GuestChannelError, GuestTamperError, LabError) as e:
+        checks.append(
+            ProofCheck(name="guest answers", passed=False, expected="its facts", found=printable(str(e), 300))
+        )
+    return Proof(
+        machine=clone.name, incarnation=clone.id, baseline=baseline.id,
+        seconds=time.monotonic() - began, checks=tuple(checks),
+    )  # fmt: skip

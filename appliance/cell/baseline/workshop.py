@@ -1,0 +1,45 @@
+"""What making and restoring machines needs, in one value."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from appliance.cell.incarnation import Incarnation, prepare
+from appliance.cell.ledger import Ledger
+from appliance.cell.libvirt_door import Libvirt
+from appliance.cell.spec import MachineSpec
+from appliance.host.paths import Paths
+from appliance.model import Accelerator
+
+
+class Workshop:
+    """What making and restoring machines needs, in one value."""
+
+    def __init__(
+        self, paths: Paths, libvirt: Libvirt, ledger: Ledger, accelerator: Accelerator, owner: str
+    ) -> None:
+        self.paths = paths
+        self.libvirt = libvirt
+        self.ledger = ledger
+        self.accelerator = accelerator
+        self.owner = owner
+
+    def prepare(
+        self, machine: MachineSpec, cell: str, *, backing: Path, ram: Path, incoming: bool
+    ) -> Incarnation:
+        """A new incarnation, not started."""
+        return prepare(
+            machine, cell, owner=self.owner, backing=backing, ram_file=ram, incoming=incoming,
+            accelerator=self.accelerator, paths=self.paths, libvirt=self.libvirt, ledger=self.ledger,
+        )  # fmt: skip
+
+    def prepare_twin(self, machine: Incarnation, ram: Path) -> Incarnation:
+        """A machine that will take over ``machine``'s state and disk, and keep its RAM in ``ram``."""
+        spare = self.prepare(
+            machine.spec.machine, machine.cell, backing=machine.spec.overlay, ram=ram, incoming=True
+        )
+        spare.spec.overlay.unlink()
+        spec = spare.spec.model_copy(update={"overlay": machine.spec.overlay, "share_ram": True})
+        twin = Incarnation(spec, machine.cell, spare.id, self.libvirt, self.ledger)
+        twin.folder = spare.folder
+        return twin
