@@ -1,0 +1,1 @@
+"""What the benchmarks share: percentiles, tables, what a process holds, a server, a sealed workshop."""
