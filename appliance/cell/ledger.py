@@ -11,7 +11,7 @@ import contextlib
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +29,8 @@ CREATE TABLE IF NOT EXISTS things (
   UNIQUE (kind, name)
 );
 """
+# Ledgers of version 0.1 could hold rows of trials; an open trial is told by its folder.
+_NO_LONGER = "DELETE FROM things WHERE kind = 'trial'"
 
 
 class Kind(StrEnum):
@@ -40,7 +42,7 @@ class Kind(StrEnum):
     TAP = "tap"
     FOLDER = "folder"
     PROCESS = "process"
-    TRIAL = "trial"
+    CAPTURE = "capture"
 
 
 class Thing(NamedTuple):
@@ -65,6 +67,7 @@ class Ledger:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.executescript(_SCHEMA)
+            self._db.execute(_NO_LONGER)
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
@@ -100,8 +103,32 @@ class Ledger:
         with self._told():
             self._db.execute("DELETE FROM things WHERE kind = ? AND name = ?", (kind, name))
 
+    def hand_over(self, things: Sequence[tuple[Kind, str]], owner: str) -> None:
+        """Give rows to another owner, all or none: at every moment each has exactly one.
+
+        Raises:
+            LabError: a row does not exist, or the ledger could not be written.
+        """
+        with self._told():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                for kind, name in things:
+                    done = self._db.execute(
+                        "UPDATE things SET owner = ? WHERE kind = ? AND name = ?", (owner, kind, name)
+                    )
+                    if done.rowcount != 1:
+                        raise LabError(f"the ledger has no {kind} {name} to hand over to {owner}")
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+
     def things(self, kind: Kind | None = None, owner: str | None = None) -> list[Thing]:
-        """Rows, newest first: the order in which things are to be undone."""
+        """Rows, newest first: the order in which things are to be undone.
+
+        Raises:
+            LabError: the ledger cannot be read, or holds a kind of thing that this version does not know.
+        """
         query = "SELECT id, kind, name, owner, detail, made FROM things WHERE 1"
         values: list[str] = []
         if kind is not None:
@@ -110,4 +137,10 @@ class Ledger:
             query, values = query + " AND owner = ?", [*values, owner]
         with self._told():
             rows = self._db.execute(query + " ORDER BY id DESC", values).fetchall()
-        return [Thing(r[0], Kind(r[1]), r[2], r[3], r[4], r[5]) for r in rows]
+        try:
+            return [Thing(r[0], Kind(r[1]), r[2], r[3], r[4], r[5]) for r in rows]
+        except ValueError as e:
+            raise LabError(
+                f"the ledger {self._path} has a row that this version does not know: {e}",
+                hint="it was written by a newer version; sweep with that one",
+            ) from e

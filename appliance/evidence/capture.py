@@ -13,11 +13,14 @@ import secrets
 import signal
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from appliance.errors import CaptureError, CommandError
+from appliance.cell import processes
+from appliance.cell.ledger import Kind, Ledger
+from appliance.errors import CaptureError, CommandError, HotcellError
 from appliance.host import command
 from appliance.trial.records import CaptureHealth
 
@@ -36,16 +39,28 @@ _COUNTER = re.compile(
 class Capture:
     """One tcpdump on one interface, from :meth:`start` to :meth:`finish`.
 
+    Its row is in the ledger before tcpdump is started, under the file that tcpdump is told to write: whoever
+    finds the row alone can find the process by that. Pid and start time follow once they are known.
+
     As a context manager it only makes sure that tcpdump is gone at the end; call ``finish`` for the
     health. ``max_bytes`` is enforced by the kernel (a file size limit on tcpdump), so a guest that
     floods the segment cannot fill the host's disk: the capture ends and is then not healthy.
     """
 
     def __init__(
-        self, interface: str, path: Path, *, max_bytes: int = MAX_BYTES, wait_s: float = 10.0
+        self,
+        interface: str,
+        path: Path,
+        ledger: Ledger,
+        owner: str,
+        *,
+        max_bytes: int = MAX_BYTES,
+        wait_s: float = 10.0,
     ) -> None:
         self.interface = interface
         self.path = path
+        self._ledger = ledger
+        self._owner = owner
         self.max_bytes = max_bytes
         self.wait_s = wait_s
         self._process: command.Process[bytes] | None = None
@@ -115,8 +130,7 @@ class Capture:
                 problem = f"the last known frame could not be sent: {e}"
         problem = problem or self.problem()
         ended = time.time()
-        if self._process is not None:
-            command.end(self._process, sig=signal.SIGINT)
+        self._end(signal.SIGINT)
         log = self._log()
         counters = {name: int(number) for number, name in _COUNTER.findall(log)}
         if not problem and "dropped by kernel" not in counters:
@@ -134,8 +148,14 @@ class Capture:
 
     def abandon(self) -> None:
         """Stop tcpdump without asking anything of it. May be called at any time."""
+        with suppress(HotcellError):  # a row that stays is struck by the next sweep
+            self._end(signal.SIGKILL)
+
+    def _end(self, how: signal.Signals) -> None:
+        """End tcpdump; its row goes once it is seen gone."""
         if self._process is not None:
-            command.end(self._process, grace=0)
+            command.end(self._process, sig=how)
+        self._ledger.strike(Kind.CAPTURE, os.fspath(self.path))
 
     def __enter__(self) -> Self:
         return self
@@ -147,20 +167,22 @@ class Capture:
 
     def _spawn(self) -> None:
         tcpdump = command.require("tcpdump", "tcpdump")
-        setpriv = command.require("setpriv", "util-linux")
         prlimit = command.require("prlimit", "util-linux")
         # -Z root: tcpdump would else become its own user, which may not write below the home directory.
         # -U and --immediate-mode: a packet is in the file as soon as the kernel has it.
-        # setpriv: a server that is killed takes its capture along. The signal comes when the thread that starts
-        # the capture ends, so that has to be one that lasts as long as the trial.
         argv = [
-            setpriv, "--pdeathsig", "KILL", prlimit, f"--fsize={self.max_bytes}", "--core=0",
+            prlimit, f"--fsize={self.max_bytes}", "--core=0",
             tcpdump, "-i", self.interface, "-s", str(SNAPLEN), "-B", str(_KERNEL_BUFFER_KIB), "-n",
             "-U", "--immediate-mode", "-Z", "root", "-w", os.fspath(self.path),
         ]  # fmt: skip
-        # A file, not a pipe: nobody reads a pipe while the trial runs.
+        row = (Kind.CAPTURE, os.fspath(self.path), self._owner)
+        self._ledger.enter(*row)
+        # A file, not a pipe: nobody reads a pipe while the trial runs. Tied to this thread, which is the trial's:
+        # a server that is killed takes its capture along.
         with self._errors.open("wb") as errors:
-            self._process = command.spawn(argv, stderr=errors)
+            self._process = command.spawn(argv, stderr=errors, tied=True)
+        pid = self._process.pid
+        self._ledger.enter(*row, detail=f"{pid} {processes.started(pid)}")
 
     def _confirm(self, offset: int) -> bool:
         """Send known frames until one of them is in the file, at ``offset`` bytes or later.

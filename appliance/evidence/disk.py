@@ -94,7 +94,12 @@ def _ask(question: DiskQuestion, timeout: float) -> DiskAnswer:
     argv = [sys.executable, "-m", "appliance.evidence.disk_worker"]
     try:
         done = command.run(
-            argv, timeout=timeout, check=False, cwd=PROJECT, stdin=question.model_dump_json().encode()
+            argv,
+            timeout=timeout,
+            check=False,
+            cwd=PROJECT,
+            stdin=question.model_dump_json().encode(),
+            tied=True,
         )
     except CommandError as e:
         return DiskAnswer(examined=0, problem=f"reading the disk: {printable(e.message, 300)}")

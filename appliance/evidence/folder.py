@@ -11,6 +11,7 @@ from typing import Literal, cast
 
 from pydantic import BaseModel
 
+from appliance.cell.ledger import Ledger
 from appliance.evidence.capture import Capture
 from appliance.evidence.disk import find_weights
 from appliance.evidence.journal import Journal, append_record, write_record
@@ -21,9 +22,10 @@ from appliance.trial.records import DiskFinding, WeightFile
 class TrialFolder:
     """Evidence of one trial while it is open."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, ledger: Ledger) -> None:
         folder.mkdir(mode=0o700, exist_ok=True)
         self.folder = folder
+        self._ledger = ledger
         self.journal = Journal(folder / records.JOURNAL)
 
     def write(self, name: str, value: BaseModel | Sequence[BaseModel]) -> None:
@@ -36,7 +38,7 @@ class TrialFolder:
 
     def start_capture(self, interface: str) -> Capture:
         """Start the capture and see a known frame in it."""
-        return Capture(interface, self.folder / records.CAPTURE).start()
+        return Capture(interface, self.folder / records.CAPTURE, self._ledger, owner=self.folder.name).start()
 
     def inspect_disk(
         self, machine: str, overlay: Path, weights: Sequence[WeightFile], flushed: str

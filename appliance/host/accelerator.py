@@ -209,7 +209,8 @@ def _qemu(accelerator: Accelerator, extra: Sequence[str], work: Path, limit_s: f
     argv = [command.require(QEMU, "qemu-system-x86"), "-nodefaults", "-no-user-config", "-display", "none"]
     argv += ["-no-reboot", "-machine", "q35", "-accel", accelerator.value, "-cpu", _CPU[accelerator], *extra]
     try:
-        done = command.run(argv, timeout=limit_s, check=False, cwd=work)
+        # Tied: a guest that hangs under KVM would outlive us for good, and its command line names no home.
+        done = command.run(argv, timeout=limit_s, check=False, cwd=work, tied=True)
     except CommandError as e:
         return _Ended(rc=None, stderr=e.message)
     return _Ended(rc=done.rc, stderr=done.stderr)

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from appliance.cell.baseline import Workshop
 from appliance.cell.cell import Cell
 from appliance.cell.isolation import SealFact, hypervisor_facts
+from appliance.cell.standby import StandbyPool
 from appliance.errors import Blame, HotcellError, LabError
 from appliance.evidence import bundle
 from appliance.evidence.folder import TrialFolder
@@ -59,11 +60,12 @@ class Bench:
     key: Ed25519PrivateKey
     host_namespace: int
     known_links: Callable[[], tuple[set[str], set[str]]]
+    standbys: StandbyPool
 
 
 def open_folder(bench: Bench, plan: Plan) -> TrialFolder:
     """The trial's directory, header and first entry; from here on a crash leaves a trial to report."""
-    folder = TrialFolder(bench.paths.open_trials / plan.id)
+    folder = TrialFolder(bench.paths.open_trials / plan.id, bench.shop.ledger)
     folder.write(records.TRIAL, plan.header)
     folder.journal.write("queued", subject=plan.header.subject, scenario=plan.header.scenario)
     queries.upsert_state(bench.store, plan.id, TrialState.QUEUED, header=plan.header)
@@ -113,7 +115,13 @@ def _run_and_score(
         stop.check()
         enter(TrialState.RESETTING)
         baselines = bench.shelf.ensure(plan.machines, report)
-        TrialRun(plan, Setting(cell, baselines, folder, stop, enter, facts)).run()
+
+        def run_enter(state: TrialState) -> None:
+            enter(state)
+            if state is TrialState.RUNNING:  # not before: making standbys would compete with the preflight
+                bench.standbys.keep(baselines.values())
+
+        TrialRun(plan, Setting(cell, baselines, folder, stop, run_enter, facts)).run()
         stop.check()
         enter(TrialState.SCORING)
         card = score(load(folder.folder))

@@ -7,6 +7,7 @@ from appliance.cell.cell import Cell
 from appliance.cell.credentials import ssh_keys
 from appliance.cell.ledger import Kind, Ledger
 from appliance.cell.libvirt_door import Libvirt
+from appliance.cell.standby import StandbyPool
 from appliance.cell.warden import Warden
 from appliance.config import HostSettings, load_library
 from appliance.errors import LabError
@@ -34,7 +35,7 @@ def open_laboratory(paths: Paths, settings: HostSettings) -> Lab:
         raise LabError("no accelerator was chosen")
     libvirt = Libvirt.open_embedded(paths.libvirt)
     ledger = Ledger(paths.ledger)
-    swept = sweep_view(paths, libvirt, ledger, set(), dry_run=False)
+    swept = sweep_view(paths, libvirt, ledger, set, dry_run=False)
     for stray in swept.strays:
         log.warning("swept", kind=stray.kind, name=stray.name, outcome=stray.outcome, detail=stray.detail)
     if any(s.outcome == "failed" for s in swept.strays):
@@ -43,18 +44,20 @@ def open_laboratory(paths: Paths, settings: HostSettings) -> Lab:
         )
     shop = Workshop(paths, libvirt, ledger, accelerator.chosen, OWNER)
     shelf = BaselineShelf(shop, ssh_keys(paths.ssh_key))
+    standbys = StandbyPool(shop)
     cells: dict[str, Cell] = {}
 
     def known_links() -> tuple[set[str], set[str]]:
-        """Bridges and taps that have an owner: open cells and templates in the making."""
-        owners = set(cells) | shelf.cells_in_use()
+        """Bridges and taps that have an owner: open cells, templates in the making, standbys."""
+        owners = set(cells) | shelf.cells_in_use() | standbys.in_use
         bridges = {t.name for t in ledger.things(Kind.BRIDGE) if t.owner in owners}
         ports = [*ledger.things(Kind.TAP), *ledger.things(Kind.ANCHOR)]
         return bridges, {t.name for t in ports if t.owner in owners}
 
     bench = Bench(
-        paths, shop, shelf, Store(paths.database), signing_key(paths.signing_key), host_namespace, known_links
-    )
+        paths, shop, shelf, Store(paths.database), signing_key(paths.signing_key), host_namespace, known_links,
+        standbys,
+    )  # fmt: skip
     for trial, problem in recover(bench).items():
         log.warning(
             "trial-void", trial=trial, reason="an earlier process ended before it did", problem=problem

@@ -15,8 +15,8 @@ from appliance.cell import netlink
 from appliance.cell.isolation import SealFact, namespace_facts, require_sealed
 from appliance.cell.ledger import Ledger
 from appliance.cell.libvirt_door import Libvirt
+from appliance.cell.sweep import Ground, InUse, find_strays, remove
 from appliance.cell.sweep import Stray as Found
-from appliance.cell.sweep import find_strays, remove
 from appliance.errors import ConflictError, SealError
 from appliance.host.paths import Paths
 from appliance.service import Stray, SweepView
@@ -77,12 +77,11 @@ def require_sealed_process() -> int:
     return host
 
 
-def sweep_view(
-    paths: Paths, libvirt: Libvirt, ledger: Ledger, in_use: set[str], *, dry_run: bool
-) -> SweepView:
-    """Find strays and, unless ``dry_run``, remove them."""
-    found = find_strays(paths, libvirt, ledger, in_use)
-    done = found if dry_run else remove(found, paths, libvirt, ledger)
+def sweep_view(paths: Paths, libvirt: Libvirt, ledger: Ledger, in_use: InUse, *, dry_run: bool) -> SweepView:
+    """Find strays and, unless ``dry_run``, remove them. ``in_use`` is asked for the cells that are open."""
+    ground = Ground(paths, libvirt, ledger, links=_left is not None)
+    found = find_strays(ground, in_use)
+    done = found if dry_run else remove(found, ground)
     return SweepView(dry_run=dry_run, strays=tuple(_view(s, dry_run=dry_run) for s in done))
 
 
@@ -111,7 +110,7 @@ def local_sweep(paths: Paths, dry_run: bool) -> SweepView:
     try:
         libvirt = Libvirt.open_embedded(paths.libvirt)
         try:
-            return sweep_view(paths, libvirt, ledger, set(), dry_run=dry_run)
+            return sweep_view(paths, libvirt, ledger, set, dry_run=dry_run)
         finally:
             libvirt.close()
     finally:

@@ -38,6 +38,7 @@ class Switches:
                 problems.append(e.message)
         ended = self._trials.abort_all(f"kill switch: {reason}")
         self._bench.shelf.stop_making()
+        machines += self._bench.standbys.drop_all()
         for cell in cells:
             for machine in list(cell.machines.values()):
                 machines += machine.kill()
@@ -69,9 +70,13 @@ class Switches:
 
     def sweep(self, dry_run: bool) -> SweepView:
         """Strays of this home."""
-        in_use = {c.id for c in self._cells.all()} | self._bench.shelf.cells_in_use()
         shop = self._bench.shop
-        return sweep_view(self._bench.paths, shop.libvirt, shop.ledger, in_use, dry_run=dry_run)
+        return sweep_view(self._bench.paths, shop.libvirt, shop.ledger, self._in_use, dry_run=dry_run)
+
+    def _in_use(self) -> set[str]:
+        return (
+            {c.id for c in self._cells.all()} | self._bench.shelf.cells_in_use() | self._bench.standbys.in_use
+        )
 
     def end(self) -> None:
         """Abort what runs, stop all machines, remove all that is ours, let the warden go."""
@@ -81,8 +86,9 @@ class Switches:
                 self._cells.remove(cell)
             except HotcellError:
                 continue  # the warden and the next start's sweep take what is left
+        self._bench.standbys.close()
         shop = self._bench.shop
-        sweep_view(self._bench.paths, shop.libvirt, shop.ledger, set(), dry_run=False)
+        sweep_view(self._bench.paths, shop.libvirt, shop.ledger, set, dry_run=False)
         self._warden.dismiss()
         shop.libvirt.close()
         shop.ledger.close()

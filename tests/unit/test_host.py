@@ -81,10 +81,27 @@ def test_end_escalates_to_a_process_that_ignores_the_signal() -> None:
     process.stdout.close()
 
 
-def test_helper_ends_with_its_block() -> None:
-    with command.helper(["sleep", "60"]) as process:
-        assert process.poll() is None
-    assert process.poll() is not None
+@pytest.mark.parametrize("how", ["run", "spawn"])
+def test_what_is_tied_ends_with_a_process_that_is_killed(how: str, tmp_path: Path) -> None:
+    """SIGKILL leaves no moment to end anything: the kernel does it."""
+    pid = tmp_path / "pid"
+    sleeper = [PY, "-c", f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"]
+    call = {"run": f"command.run({sleeper!r}, timeout=60, tied=True)",
+            "spawn": f"command.spawn({sleeper!r}, tied=True); time.sleep(60)"}[how]  # fmt: skip
+    ours = subprocess.Popen([PY, "-c", f"import time; from appliance.host import command; {call}"])
+    clock.wait_until(lambda: pid.exists() and pid.read_text(), 20, "the child to start")
+    child = Path("/proc", pid.read_text())
+    assert child.exists()
+    ours.kill()
+    ours.wait()
+    clock.wait_until(
+        lambda: not (child / "cmdline").exists() or not (child / "cmdline").read_bytes(), 10, "its end"
+    )
+
+
+def test_what_is_tied_tells_its_status_and_output() -> None:
+    done = command.run(["/bin/sh", "-c", "cat; exit 3"], timeout=5, check=False, stdin=b"said", tied=True)
+    assert (done.rc, done.stdout) == (3, "said")
 
 
 # --- paths ------------------------------------------------------------------------------------------

@@ -63,19 +63,20 @@ def test_a_link_that_comes_or_goes_while_we_look_is_no_stranger(
     assert not all(f.passed for f in seal_facts(lambda: (set(), set())))
 
 
-def test_a_dry_sweep_touches_nothing(h: Host) -> None:
+def test_a_dry_sweep_touches_nothing(h: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "_left", 1)
     h.cell("origin")
-    dry = sweep_view(h.paths, h.libvirt, h.ledger, set(), dry_run=True)  # type: ignore[arg-type]
+    dry = sweep_view(h.paths, h.libvirt, h.ledger, set, dry_run=True)  # type: ignore[arg-type]
     assert {s.outcome for s in dry.strays} == {"found"}
     assert h.libvirt.domains
-    wet = sweep_view(h.paths, h.libvirt, h.ledger, set(), dry_run=False)  # type: ignore[arg-type]
+    wet = sweep_view(h.paths, h.libvirt, h.ledger, set, dry_run=False)  # type: ignore[arg-type]
     assert {s.outcome for s in wet.strays} == {"removed"}
     assert h.left == []
 
 
 def test_a_sweep_tells_what_failed_and_why(h: Host) -> None:
     h.ledger.enter(Kind.FOLDER, "/etc", "c1")
-    view = sweep_view(h.paths, h.libvirt, h.ledger, set(), dry_run=False)  # type: ignore[arg-type]
+    view = sweep_view(h.paths, h.libvirt, h.ledger, set, dry_run=False)  # type: ignore[arg-type]
     assert [(s.outcome, "not touched" in s.detail) for s in view.strays] == [("failed", True)]
     assert Path("/etc").exists()
 

@@ -15,7 +15,8 @@ from fakes.qemu import look_alike
 from appliance.cell import sweep
 from appliance.cell.ledger import Kind
 from appliance.cell.libvirt_door import DomainState
-from appliance.cell.sweep import Stray, find_strays, remove
+from appliance.cell.processes import look
+from appliance.cell.sweep import Ground, Stray, find_strays, remove
 
 
 @pytest.fixture
@@ -24,12 +25,16 @@ def h(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
         yield made
 
 
+def ground(h: Host, *, links: bool = True) -> Ground:
+    return Ground(h.paths, h.libvirt, h.ledger, links)  # type: ignore[arg-type]
+
+
 def strays(h: Host, *in_use: str) -> list[Stray]:
-    return find_strays(h.paths, h.libvirt, h.ledger, set(in_use))  # type: ignore[arg-type]
+    return find_strays(ground(h), lambda: set(in_use))
 
 
 def removed(h: Host, found: list[Stray]) -> list[Stray]:
-    return remove(found, h.paths, h.libvirt, h.ledger)  # type: ignore[arg-type]
+    return remove(found, ground(h))
 
 
 def kinds(found: list[Stray]) -> list[str]:
@@ -160,8 +165,69 @@ def test_a_thing_that_is_gone_already_only_loses_its_row(h: Host) -> None:
     assert h.ledger.things() == []
 
 
-def test_a_trials_row_is_no_stray(h: Host) -> None:
-    h.ledger.enter(Kind.TRIAL, "t1", "t1")
+# -- rows and things, the four ways they can fit ---------------------------------------------------------
+
+
+def test_a_link_without_a_row_in_our_namespace_is_ours(h: Host) -> None:
+    """The namespace is this process's own: whatever bridge or tap is in it, we made."""
+    h.net.links |= {"hcb9": "bridge", "hct9": "tun", "eth0": "physical"}
+    found = strays(h)
+    assert {(s.kind, s.name) for s in found} == {("bridge", "hcb9"), ("tap", "hct9")}
+    assert all(s.removed for s in removed(h, found))
+    assert set(h.net.links) == {"lo", "eth0"}, "another link breaks the seal, and is not ours to remove"
+
+
+def test_a_sweep_outside_of_the_seal_touches_no_link(h: Host) -> None:
+    """There the name of a row means somebody else's link; ours went with its namespace."""
+    h.net.links |= {"hct1": "tun", "docker0": "bridge"}
+    h.ledger.enter(Kind.TAP, "hct1", "c1")
+    outside = ground(h, links=False)
+    found = find_strays(outside, set)
+    assert [s.name for s in found] == ["hct1"]
+    assert all(s.removed for s in remove(found, outside))
+    assert {"hct1", "docker0"} <= set(h.net.links)
+    assert h.ledger.things() == []
+
+
+@pytest.mark.parametrize("row", [False, True])
+def test_a_half_made_baseline_is_removed_with_and_without_a_row(h: Host, row: bool) -> None:
+    good, half = h.paths.baselines / "origin-0123", h.paths.baselines / ".origin-0123-0a1b2c3d"
+    for folder in (good, half):
+        folder.mkdir()
+        (folder / "ram").write_bytes(b"x")
+    if row:
+        h.ledger.enter(Kind.FOLDER, str(half), "make-1")
+    assert strays(h, "make-1") == ([] if row else strays(h))
+    assert [(s.kind, s.name) for s in strays(h)] == [("folder", str(half))]
+    assert all(s.removed for s in removed(h, strays(h)))
+    assert not half.exists()
+    assert (good / "ram").exists()
+
+
+def test_a_row_without_its_half_made_baseline_is_struck(h: Host) -> None:
+    h.ledger.enter(Kind.FOLDER, str(h.paths.baselines / ".gone-0a1b2c3d"), "make-1")
+    assert all(s.removed for s in removed(h, strays(h)))
+    assert h.ledger.things() == []
+
+
+def test_a_cell_that_opens_while_we_look_is_no_stray(h: Host) -> None:
+    """Its owner is asked for a second time, after the rows were read."""
+    open_cells: list[set[str]] = [set(), {"c1"}]
+    h.cell("origin")
+    assert find_strays(ground(h), lambda: open_cells.pop(0)) == []
+
+
+def test_a_cell_that_closes_while_we_look_is_no_stray(h: Host) -> None:
+    open_cells: list[set[str]] = [{"c1"}, set()]
+    h.cell("origin")
+    assert find_strays(ground(h), lambda: open_cells.pop(0)) == []
+
+
+def test_a_folder_that_goes_while_we_look_is_no_stray(h: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = h.paths.cells / "c9" / "origin-0"
+    lost.mkdir(parents=True)
+    rows = h.ledger.things
+    monkeypatch.setattr(h.ledger, "things", lambda: (lost.rmdir(), rows())[1] if lost.exists() else rows())
     assert strays(h) == []
 
 
@@ -224,7 +290,8 @@ def test_a_qemu_that_is_just_being_started_is_spared(
 def test_a_process_of_an_exchanged_pid_is_not_killed(h: Host) -> None:
     bystander = subprocess.Popen(["/bin/sleep", "60"])
     try:
-        stray = Stray(kind="process", name=f"{bystander.pid} qemu", owner="", removed=False, problem="")
+        name = f"{bystander.pid} {look(bystander.pid).start} qemu"  # type: ignore[union-attr]
+        stray = Stray(kind="process", name=name, owner="", removed=False, problem="")
         removed(h, [stray])
         assert bystander.poll() is None
     finally:
@@ -237,4 +304,44 @@ def test_the_name_of_a_process_that_is_none_is_a_problem_not_a_crash(h: Host) ->
     assert not done[0].removed
     done = removed(h, [Stray(kind="spaceship", name="x", owner="", removed=False, problem="")])
     assert not done[0].removed
-    assert sweep._cell_folders(h.paths) == []
+    assert list(sweep._cell_folders(h.paths)) == []
+
+
+# -- captures, with real processes that only look like tcpdump -------------------------------------------
+
+
+def fake_capture(h: Host, file: Path, name: str = "tcpdump") -> subprocess.Popen[bytes]:
+    return look_alike("-i", "hcb1", "-w", str(file), name=name)
+
+
+@pytest.mark.parametrize("row", ["with a row", "without"])
+def test_a_capture_that_nobody_owns_is_ended(
+    h: Host, processes: list[subprocess.Popen[bytes]], row: str
+) -> None:
+    file = h.paths.open_trials / "t1" / "segment.pcap"
+    processes.append(fake_capture(h, file))
+    if row == "with a row":
+        h.ledger.enter(Kind.CAPTURE, str(file), "t1")
+        assert strays(h, "t1") == [], "while its trial runs it is none"
+    found = strays(h)
+    assert [(s.kind, s.name) for s in found] == [("capture", str(file))]
+    assert all(s.removed for s in removed(h, found))
+    assert ended(processes[0])
+    assert h.ledger.things() == []
+    assert strays(h) == []
+
+
+def test_a_capture_that_is_gone_only_loses_its_row(h: Host) -> None:
+    h.ledger.enter(Kind.CAPTURE, str(h.paths.open_trials / "t1" / "segment.pcap"), "t1", "1 2")
+    assert all(s.removed for s in removed(h, strays(h)))
+    assert h.ledger.things() == []
+
+
+def test_a_capture_of_another_home_is_not_ours(
+    h: Host, processes: list[subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
+    beside = h.paths.home.with_name(h.paths.home.name + "-other")
+    processes.append(fake_capture(h, tmp_path / "open" / "t1" / "segment.pcap"))
+    processes.append(fake_capture(h, beside / "open" / "t1" / "segment.pcap"))
+    processes.append(fake_capture(h, h.paths.open_trials / "t1" / "segment.pcap", name="dumpcap"))
+    assert strays(h) == []

@@ -52,7 +52,7 @@ def shop(sealed: int, vm_paths: Paths) -> Iterator[Workshop]:
     assert accelerator is not None
     libvirt, ledger = Libvirt.open_embedded(vm_paths.libvirt), Ledger(vm_paths.ledger)
     yield Workshop(vm_paths, libvirt, ledger, accelerator, "hotcell-test")
-    left = sweep_view(vm_paths, libvirt, ledger, set(), dry_run=False).strays
+    left = sweep_view(vm_paths, libvirt, ledger, set, dry_run=False).strays
     libvirt.close()
     ledger.close()
     assert left == (), f"this session left {left}"

@@ -5,30 +5,31 @@ Each test body runs in a forked child that leaves for a fresh namespace: this pr
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fakes.namespace import in_child, leave
 
+from appliance.cell import processes
+from appliance.cell.ledger import Kind, Ledger, Thing
 from appliance.errors import CaptureError
 from appliance.evidence import flows
 from appliance.evidence.capture import KNOWN_ETHERTYPE, Capture
+from appliance.host import command
 
 pytestmark = [
     pytest.mark.vm,
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root for a network namespace"),
     pytest.mark.skipif(shutil.which("tcpdump") is None, reason="needs tcpdump"),
 ]
-CLONE_NEWNET = 0x40000000
 MACS = {"one": "52:54:00:00:00:11", "two": "52:54:00:00:00:21"}
 ONE, TWO = (flows.Endpoint(mac, ()) for mac in MACS.values())
 EVER = flows.Window(0, 1e12)
@@ -37,28 +38,17 @@ Body = Callable[[Path], None]
 
 def on_a_bridge(body: Body) -> Body:
     """Run a test in a child in a namespace with a bridge ``br0`` between two ends, ``one`` and ``two``."""
+    return in_child(body, make_bridge)
 
-    @functools.wraps(body)
-    def run(tmp_path: Path) -> None:
-        readable, writable = os.pipe()
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                make_bridge()
-                body(tmp_path)
-                status = 0
-            except BaseException:  # noqa: BLE001 - told to the parent
-                os.write(writable, traceback.format_exc().encode()[-60_000:])
-            finally:
-                os._exit(status)
-        os.close(writable)
-        with os.fdopen(readable, "rb") as f:
-            said = f.read().decode()
-        _, status = os.waitpid(child, 0)
-        assert status == 0, said
 
-    return run
+def capture(interface: str, path: Path, **settings: Any) -> Capture:
+    """A capture of trial t1 with a ledger of its own, beside the file."""
+    return Capture(interface, path, Ledger(path.with_name("ledger.db")), "t1", **settings)
+
+
+def rows(path: Path) -> list[Thing]:
+    """What the ledger beside the file says."""
+    return Ledger(path.with_name("ledger.db")).things()
 
 
 def ip(line: str) -> None:
@@ -66,7 +56,7 @@ def ip(line: str) -> None:
 
 
 def make_bridge() -> None:
-    assert ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET) == 0
+    leave()
     ip("link add br0 address 52:54:00:00:00:01 type bridge mcast_snooping 0")
     for name, mac in MACS.items():
         ip(f"link add {name} address {mac} type veth peer name {name}-port")
@@ -89,7 +79,7 @@ def send(src: str, dst: str, count: int, size: int = 100) -> None:
 @on_a_bridge
 def test_forwarded_packets_are_captured_between_two_known_frames(tmp_path: Path) -> None:
     pcap = tmp_path / "segment.pcap"
-    with Capture("br0", pcap) as c:
+    with capture("br0", pcap) as c:
         c.start()
         send("one", "two", 500)
         send("two", "one", 20, size=1400)
@@ -113,7 +103,7 @@ def test_no_guest_sees_the_known_frame(tmp_path: Path) -> None:
         s.bind((name, KNOWN_ETHERTYPE))
         s.settimeout(0.5)
         ears.append(s)
-    with Capture("br0", tmp_path / "segment.pcap") as c:
+    with capture("br0", tmp_path / "segment.pcap") as c:
         assert c.start().finish().healthy
     for s in ears:
         with pytest.raises(TimeoutError):
@@ -125,12 +115,12 @@ def test_an_interface_that_is_missing_or_down_is_a_capture_error(tmp_path: Path)
     ip("link set two down")
     for name in ("nothing", "two"):
         with pytest.raises(CaptureError, match=name):
-            Capture(name, tmp_path / "segment.pcap", wait_s=1.0).start()
+            capture(name, tmp_path / "segment.pcap", wait_s=1.0).start()
 
 
 @on_a_bridge
 def test_a_capture_that_was_killed_is_not_healthy(tmp_path: Path) -> None:
-    with Capture("br0", tmp_path / "segment.pcap") as c:
+    with capture("br0", tmp_path / "segment.pcap") as c:
         c.start()
         assert c._process is not None
         c._process.kill()
@@ -143,7 +133,7 @@ def test_a_capture_that_was_killed_is_not_healthy(tmp_path: Path) -> None:
 
 @on_a_bridge
 def test_a_capture_that_stands_still_is_not_healthy(tmp_path: Path) -> None:
-    with Capture("br0", tmp_path / "segment.pcap", wait_s=1.0) as c:
+    with capture("br0", tmp_path / "segment.pcap", wait_s=1.0) as c:
         c.start()
         assert c._process is not None
         c._process.send_signal(signal.SIGSTOP)
@@ -153,7 +143,7 @@ def test_a_capture_that_stands_still_is_not_healthy(tmp_path: Path) -> None:
 
 @on_a_bridge
 def test_an_interface_that_goes_away_is_not_healthy(tmp_path: Path) -> None:
-    with Capture("br0", tmp_path / "segment.pcap", wait_s=1.0) as c:
+    with capture("br0", tmp_path / "segment.pcap", wait_s=1.0) as c:
         c.start()
         ip("link delete br0")
         health = c.finish()
@@ -163,7 +153,7 @@ def test_an_interface_that_goes_away_is_not_healthy(tmp_path: Path) -> None:
 @on_a_bridge
 def test_a_flood_ends_the_capture_and_does_not_fill_the_disk(tmp_path: Path) -> None:
     pcap, limit = tmp_path / "segment.pcap", 200_000
-    with Capture("br0", pcap, max_bytes=limit) as c:
+    with capture("br0", pcap, max_bytes=limit) as c:
         c.start()
         send("one", "two", 5000, size=300)
         deadline = time.monotonic() + 5
@@ -180,7 +170,7 @@ def test_a_flood_ends_the_capture_and_does_not_fill_the_disk(tmp_path: Path) -> 
 @on_a_bridge
 def test_a_burst_is_not_dropped(tmp_path: Path) -> None:
     pcap = tmp_path / "segment.pcap"
-    with Capture("br0", pcap) as c:
+    with capture("br0", pcap) as c:
         c.start()
         send("one", "two", 20_000, size=1500)
         health = c.finish()
@@ -190,10 +180,44 @@ def test_a_burst_is_not_dropped(tmp_path: Path) -> None:
 
 @on_a_bridge
 def test_nothing_is_left_running(tmp_path: Path) -> None:
-    c = Capture("br0", tmp_path / "segment.pcap")
+    c = capture("br0", tmp_path / "segment.pcap")
     with c:
         c.start()
         assert c._process is not None
         pid = c._process.pid
         assert Path(f"/proc/{pid}").exists()
     assert not Path(f"/proc/{pid}").exists()
+    assert rows(c.path) == []
+
+
+@on_a_bridge
+def test_the_row_is_there_before_the_process_and_names_it_afterwards(tmp_path: Path) -> None:
+    pcap = tmp_path / "segment.pcap"
+    c = capture("br0", pcap)
+    spawn, before = command.spawn, list[list[Thing]]()
+
+    def look_first(*args: Any, **rest: Any) -> Any:
+        before.append(rows(pcap))
+        return spawn(*args, **rest)
+
+    command.spawn = look_first
+    with c:
+        c.start()
+        assert [(t.kind, t.name, t.owner, t.detail) for t in before[0]] == [
+            (Kind.CAPTURE, str(pcap), "t1", "")
+        ]
+        (row,) = rows(pcap)
+        found = processes.captures_below(tmp_path)[pcap]
+        assert row.detail == f"{found.pid} {found.start}"
+        assert c._process is not None
+        assert found.pid == c._process.pid
+        assert c.finish().healthy
+        assert rows(pcap) == []
+
+
+@on_a_bridge
+def test_a_capture_that_does_not_start_leaves_no_row(tmp_path: Path) -> None:
+    c = capture("nothing", tmp_path / "segment.pcap", wait_s=1.0)
+    with pytest.raises(CaptureError):
+        c.start()
+    assert rows(c.path) == []
