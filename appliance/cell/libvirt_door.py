@@ -3,17 +3,23 @@
 The default is the embedded QEMU driver (https://libvirt.org/drvqemu.html#driver-instances): no daemon,
 all state below a root directory of ours, QEMU processes and taps in the namespace of this process.
 Only one process may hold a root; QEMU survives its death and the next ``open`` finds it again.
+
+libvirt waits for a QEMU's monitor without a limit of its own, so every call has one here. When it passes, the
+QEMU that was asked is killed by its pid, which also makes the call return in the thread it was left in.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import threading
+import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, Self, TypeVar
 
 # Read once, while the library is imported; by default every warning and every error, also those we expect
 # (a domain that is gone), goes to standard error. What goes wrong is raised to us anyway; to see libvirt's
@@ -23,6 +29,8 @@ os.environ.setdefault("LIBVIRT_LOG_OUTPUTS", "4:file:/dev/null")
 import libvirt
 import libvirt_qemu
 
+from appliance.cell import processes
+from appliance.cell.limited import Limited, OverdueError
 from appliance.errors import ConflictError, GuestChannelError, HostError, LabError
 from appliance.model import printable
 
@@ -39,6 +47,18 @@ remember_owner = 0
 seccomp_sandbox = 1
 clear_emulator_capabilities = 0
 """
+# Limits in seconds. None is ever reached by a libvirt that works: on two cores busy with guests, what takes
+# milliseconds was delayed by up to 2 s.
+QUERY_S: Final = 20.0  # answered from libvirt's own memory
+MONITOR_S: Final = 30.0  # QEMU answers in milliseconds; stopping it first waits for its writes to the disk
+START_S: Final = 120.0  # 0.4 s; libvirt gives QEMU 30 s and more, with its memory, to open the monitor
+DESTROY_S: Final = 60.0  # 2 s; libvirt asks for up to 15 s before it kills, and waits as long again
+AGENT_SLACK_S: Final = (
+    45.0  # beyond the reply's own limit: 30 s for libvirt's lock of a domain, 5 s to find in step
+)
+OPEN_S: Final = 120.0  # 2 s; QEMU is started to be asked for its capabilities
+CLOSE_S: Final = 30.0
+OnHang = Callable[[str, str], None]
 _pump_lock = threading.Lock()
 _pump: threading.Thread | None = None
 
@@ -83,21 +103,36 @@ class Libvirt:
     def __init__(self, connection: Any, root: Path) -> None:
         self._conn = connection
         self.root = root
+        self._limited = Limited("libvirt-call")
+        self._on_hang: OnHang = lambda _domain, _what: None
+
+    def guard(self, on_hang: OnHang) -> None:
+        """Have ``on_hang(domain, what)`` called when a call on a domain hung, after its QEMU was killed.
+
+        It comes in the thread that made the call, before the error is raised there.
+        """
+        self._on_hang = on_hang
 
     @classmethod
-    def open_embedded(cls, root: Path) -> Libvirt:
+    def open_embedded(cls, root: Path) -> Self:
         """Open the embedded driver on ``root``, which is created and configured if needed.
 
         Raises:
             ConflictError: another process holds this root.
-            HostError: the driver is missing or refuses to start.
+            HostError: the driver is missing, refuses to start, or does not come up within 120 s.
         """
         etc = root / "etc"
         etc.mkdir(parents=True, exist_ok=True, mode=0o700)
         (etc / "qemu.conf").write_text(_QEMU_CONF)
         _start_pump()
         try:
-            return cls(libvirt.open(f"qemu:///embed?root={root}"), root)
+            return cls(
+                Limited("libvirt-open").call(lambda: libvirt.open(f"qemu:///embed?root={root}"), OPEN_S), root
+            )
+        except OverdueError as e:
+            raise HostError(
+                f"libvirt's embedded QEMU driver did not open: {e}", hint="run `hotcell doctor`"
+            ) from e
         except libvirt.libvirtError as e:
             text = str(e)
             if "pid file" in text or "lock" in text.lower():
@@ -111,26 +146,30 @@ class Libvirt:
 
     def close(self) -> None:
         """Close the connection. Domains keep running; the caller has ended them or means to keep them."""
-        self._conn.close()
+        with contextlib.suppress(OverdueError):  # what hangs there ends with this process
+            self._limited.call(self._conn.close, CLOSE_S)
 
     def versions(self) -> dict[str, str]:
         """Versions of the library and of QEMU, as dotted strings."""
-        return {"libvirt": _dotted(self._conn.getLibVersion()), "qemu": _dotted(self._conn.getVersion())}
+        library = self._call("tell its version", self._conn.getLibVersion, QUERY_S)
+        qemu = self._call("tell QEMU's version", self._conn.getVersion, QUERY_S)
+        return {"libvirt": _dotted(library), "qemu": _dotted(qemu)}
 
     def start(self, xml: str, *, paused: bool) -> None:
         """Start a transient domain.
 
         Raises:
-            LabError: libvirt refused; the text is libvirt's.
+            LabError: libvirt refused (the text is libvirt's), or QEMU did not come up in time and was killed.
         """
         flags = libvirt.VIR_DOMAIN_START_PAUSED if paused else 0
-        self._call("start a domain", lambda: self._conn.createXML(xml, flags))
+        self._call("start a domain", lambda: self._conn.createXML(xml, flags), START_S, _name_in(xml))
 
     def state(self, name: str) -> DomainState:
         """Present state of a domain by exact name."""
         try:
-            domain = self._conn.lookupByName(name)
-            code = domain.state()[0]
+            code = self._bounded(
+                f"tell the state of {name}", lambda: self._conn.lookupByName(name).state()[0], QUERY_S, name
+            )
         except libvirt.libvirtError as e:
             if e.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
                 return DomainState.GONE
@@ -143,16 +182,16 @@ class Libvirt:
 
     def suspend(self, name: str) -> None:
         """Stop the virtual CPUs."""
-        self._call(f"suspend {name}", lambda: self._conn.lookupByName(name).suspend())
+        self._call(f"suspend {name}", lambda: self._conn.lookupByName(name).suspend(), MONITOR_S, name)
 
     def resume(self, name: str) -> None:
         """Let the virtual CPUs run."""
-        self._call(f"resume {name}", lambda: self._conn.lookupByName(name).resume())
+        self._call(f"resume {name}", lambda: self._conn.lookupByName(name).resume(), MONITOR_S, name)
 
     def destroy(self, name: str) -> None:
         """End a domain; one that is gone already is no error."""
         try:
-            self._conn.lookupByName(name).destroy()
+            self._bounded(f"destroy {name}", lambda: self._conn.lookupByName(name).destroy(), DESTROY_S, name)
         except libvirt.libvirtError as e:
             # The domain may end by itself between look-up and destroy.
             if self.state(name) is not DomainState.GONE:
@@ -160,15 +199,16 @@ class Libvirt:
 
     def list_domains(self, owner_ns: str) -> list[DomainFact]:
         """All live domains with their owner tags."""
-        facts = []
-        for domain in self._call("list domains", lambda: self._conn.listAllDomains(0)):
-            try:
-                name = str(domain.name())
-                owner = _owner(domain, owner_ns)
-            except libvirt.libvirtError:
-                continue  # ended while we looked
-            facts.append(DomainFact(name, owner, self.pid(name)))
-        return facts
+
+        def look() -> list[tuple[str, str]]:
+            found = []
+            for domain in self._conn.listAllDomains(0):
+                with contextlib.suppress(libvirt.libvirtError):  # ended while we looked
+                    found.append((str(domain.name()), _owner(domain, owner_ns)))
+            return found
+
+        listed = self._call("list domains", look, QUERY_S)
+        return [DomainFact(name, owner, self.pid(name)) for name, owner in listed]
 
     def pid(self, name: str) -> int | None:
         """Process id of a domain's QEMU, from libvirt's own pid file; None if it is gone."""
@@ -187,6 +227,8 @@ class Libvirt:
         reply = self._call(
             f"QMP {command} on {name}",
             lambda: libvirt_qemu.qemuMonitorCommand(self._conn.lookupByName(name), text, 0),
+            MONITOR_S,
+            name,
         )
         answer = json.loads(reply)
         if "error" in answer:
@@ -200,6 +242,8 @@ class Libvirt:
             self._call(
                 f"monitor {command} on {name}",
                 lambda: libvirt_qemu.qemuMonitorCommand(self._conn.lookupByName(name), command, flag),
+                MONITOR_S,
+                name,
             )
         )
 
@@ -210,18 +254,54 @@ class Libvirt:
             GuestChannelError: no reply in time, the channel is closed, or the agent answered with an error.
         """
         try:
-            return str(libvirt_qemu.qemuAgentCommand(self._conn.lookupByName(name), request, timeout_s, 0))
+            return str(
+                self._bounded(
+                    f"ask the qga of {name}",
+                    lambda: libvirt_qemu.qemuAgentCommand(
+                        self._conn.lookupByName(name), request, timeout_s, 0
+                    ),
+                    timeout_s + AGENT_SLACK_S,
+                    name,
+                    GuestChannelError,
+                )
+            )
         except libvirt.libvirtError as e:
             # libvirt has no code of its own for an error reply, whose text is the guest's.
             refused = "unable to execute QEMU agent command" in str(e)
             verb = f"refused {json.loads(request)['execute']}" if refused else "does not answer"
             raise GuestChannelError(f"the qga of {name} {verb}: {printable(str(e), 300)}", domain=name) from e
 
-    def _call(self, what: str, function: Callable[[], T]) -> T:
+    def _call(self, what: str, function: Callable[[], T], limit_s: float, domain: str = "") -> T:
+        """As :meth:`_bounded`, with libvirt's own errors as ours."""
         try:
-            return function()
+            return self._bounded(what, function, limit_s, domain)
         except libvirt.libvirtError as e:
             raise LabError(f"libvirt could not {what}: {e}") from e
+
+    def _bounded(
+        self,
+        what: str,
+        function: Callable[[], T],
+        limit_s: float,
+        domain: str,
+        error: type[LabError] = LabError,
+    ) -> T:
+        """What a call of libvirt gives. A domain that it hangs on is killed, and whoever guards us is told."""
+        try:
+            return self._limited.call(function, limit_s)
+        except OverdueError as e:
+            if domain:
+                processes.signal_domain(self.pid(domain), domain, signal.SIGKILL)
+                self._on_hang(domain, what)
+            raise error(
+                f"libvirt did not {what}: {e}",
+                hint="its QEMU was killed; see the host's load and the machine's console" if domain else "",
+                domain=domain,
+            ) from e
+
+
+def _name_in(xml: str) -> str:
+    return ET.fromstring(xml).findtext("name") or ""  # noqa: S314 - our own text
 
 
 def _owner(domain: Any, owner_ns: str) -> str:
