@@ -1,6 +1,6 @@
 # Every target sets up what it needs first. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check unit build serve sweep
+.PHONY: help setup demo test check unit build serve bench sweep
 HOTCELL := .venv/bin/hotcell
 
 help: ## list the targets
@@ -26,6 +26,9 @@ build: setup ## build all images; nothing changed takes two seconds
 
 serve: setup ## run the control plane on 127.0.0.1 until Ctrl-C
 	@$(HOTCELL) serve
+
+bench: setup ## figures: ways to reset, a trial's overhead, 500 resets in a row (root, about an hour under TCG)
+	@.venv/bin/python -m bench.reset && .venv/bin/python -m bench.overhead && .venv/bin/python -m bench.soak
 
 sweep: setup ## find and remove whatever a killed run left on the host
 	@$(HOTCELL) sweep --yes
