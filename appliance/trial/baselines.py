@@ -9,8 +9,8 @@ from __future__ import annotations
 import concurrent.futures
 import secrets
 import shutil
-import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from appliance.cell import baseline as saved
 from appliance.cell.baseline import Baseline, Workshop
@@ -19,6 +19,7 @@ from appliance.cell.credentials import SshKeys
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.spec import MachineSpec
 from appliance.errors import ResetError
+from appliance.trial.making import Makers, Making
 from appliance.trial.warmup import recipe, warm_up
 
 # machine name, what is being done or "" when it is made, seconds it took (0 while it is being made)
@@ -26,26 +27,29 @@ Report = Callable[[str, str, float], None]
 
 
 class BaselineShelf:
-    """All baselines of one home; safe to use from several threads, which then wait for one another."""
+    """All baselines of one home; safe to use from several threads. What two ask for is made once."""
 
     def __init__(self, shop: Workshop, keys: SshKeys) -> None:
         self._shop = shop
         self._keys = keys
         self._checked: set[str] = set()
-        self._lock = threading.Lock()
-        self._making: dict[str, Incarnation | None] = {}
+        self._makers: Makers[Baseline] = Makers()
+        self._cells: set[str] = set()
 
-    def ensure(self, machines: Sequence[MachineSpec], report: Report) -> dict[str, Baseline]:
+    def ensure(
+        self, machines: Sequence[MachineSpec], report: Report, check: Callable[[], None] = lambda: None
+    ) -> dict[str, Baseline]:
         """A good baseline for each machine, by machine name.
 
         One that was saved by an earlier process is read whole once before its first use here; one whose
-        files changed is made anew.
+        files changed is made anew. ``check`` is called often while this waits; what it raises ends the
+        waiting at once, and the making too if nobody else waits for it.
 
         Raises:
             LabError: a baseline could not be made.
         """
-        with self._lock, concurrent.futures.ThreadPoolExecutor(max(1, len(machines))) as pool:
-            made = pool.map(lambda m: self._one(m, report), machines)
+        with concurrent.futures.ThreadPoolExecutor(max(1, len(machines))) as pool:
+            made = pool.map(lambda m: self._one(m, report, check), machines)
             return {b.machine.name: b for b in made}
 
     def all(self) -> list[Baseline]:
@@ -54,46 +58,58 @@ class BaselineShelf:
         found = (saved.read(path.parent) for path in records if not path.parent.name.startswith("."))
         return sorted((b for b in found if b), key=lambda b: b.created)
 
-    def _one(self, machine: MachineSpec, report: Report) -> Baseline:
+    def _one(self, machine: MachineSpec, report: Report, check: Callable[[], None]) -> Baseline:
         what = recipe(machine.role, self._keys, warm_model=True)
         key = saved.baseline_key(machine, self._shop.accelerator, self._shop.libvirt.versions(), what)
+        if key in self._checked:
+            found = saved.find(self._shop.paths, machine.name, key)
+            if found is not None:
+                with suppress(ResetError):
+                    saved.check_files(found)
+                    return found
+        return self._makers.get(
+            key,
+            lambda making: self._find_or_make(machine, key, making),
+            lambda detail, seconds: report(machine.name, detail, seconds),
+            check,
+        )
+
+    def _find_or_make(self, machine: MachineSpec, key: str, making: Making[Baseline]) -> Baseline:
         found = saved.find(self._shop.paths, machine.name, key)
         if found is not None:
             try:
                 saved.check_files(found, read=key not in self._checked)
             except ResetError as e:
-                report(machine.name, f"making it anew: {e.message}", 0.0)
+                making.tell(f"making it anew: {e.message}")
                 shutil.rmtree(found.folder)
             else:
                 self._checked.add(key)
                 return found
-        made = self._make(machine, key, report)
+        made = self._make(machine, key, making)
         self._checked.add(key)
-        report(machine.name, "", made.seconds)
+        making.tell("", made.seconds)
         return made
 
-    def _make(self, machine: MachineSpec, key: str, report: Report) -> Baseline:
+    def _make(self, machine: MachineSpec, key: str, making: Making[Baseline]) -> Baseline:
         def warm(template: Incarnation) -> None:
-            warm_up(template, self._keys, warm_model=True, say=lambda what: report(machine.name, what, 0.0))
+            warm_up(template, self._keys, warm_model=True, say=making.tell)
 
-        report(machine.name, "booting", 0.0)
+        making.tell("booting")
         cell = Cell(f"make-{secrets.token_hex(3)}", self._shop)
-        self._making[cell.id] = None
+        self._cells.add(cell.id)
         try:
             cell.open()
-            return saved.make(
-                self._shop, machine, cell.id, key, warm, lambda t: self._making.update({cell.id: t})
-            )
+            return saved.make(self._shop, machine, cell.id, key, warm, lambda t: making.stoppable(t.kill))
         finally:
             cell.close()
-            del self._making[cell.id]
+            self._cells.discard(cell.id)
 
     def cells_in_use(self) -> set[str]:
         """Ids of the cells in which baselines are being made now."""
-        return set(self._making)
+        return set(self._cells)
 
-    def stop_making(self) -> None:
-        """End whatever is being made; who waits for it gets a LabError."""
-        for template in list(self._making.values()):
-            if template is not None:
-                template.kill()
+    def stop_making(self, wait_s: float = 0.0) -> None:
+        """End whatever is being made; who waits for it gets a LabError. Waits until it is gone, if asked to."""
+        self._makers.end_all()
+        if wait_s:
+            self._makers.wait(wait_s)
