@@ -111,17 +111,17 @@ class Ledger:
         """
         with self._told():
             self._db.execute("BEGIN IMMEDIATE")
+            missing = list(things)
             try:
-                for kind, name in things:
-                    done = self._db.execute(
-                        "UPDATE things SET owner = ? WHERE kind = ? AND name = ?", (owner, kind, name)
-                    )
-                    if done.rowcount != 1:
-                        raise LabError(f"the ledger has no {kind} {name} to hand over to {owner}")
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
-            self._db.execute("COMMIT")
+                missing = [t for t in things if not self._give(t, owner)]
+            finally:
+                self._db.execute("COMMIT" if not missing else "ROLLBACK")
+        if missing:
+            raise LabError(f"the ledger has no {missing[0][0]} {missing[0][1]} to hand over to {owner}")
+
+    def _give(self, thing: tuple[Kind, str], owner: str) -> bool:
+        done = self._db.execute("UPDATE things SET owner = ? WHERE kind = ? AND name = ?", (owner, *thing))
+        return done.rowcount == 1
 
     def things(self, kind: Kind | None = None, owner: str | None = None) -> list[Thing]:
         """Rows, newest first: the order in which things are to be undone.

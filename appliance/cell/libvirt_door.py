@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import threading
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
@@ -291,7 +290,7 @@ class Libvirt:
             return self._limited.call(function, limit_s)
         except OverdueError as e:
             if domain:
-                processes.signal_domain(self.pid(domain), domain, signal.SIGKILL)
+                processes.kill_domain_process(self.pid(domain), domain)
                 self._on_hang(domain, what)
             raise error(
                 f"libvirt did not {what}: {e}",
@@ -301,7 +300,10 @@ class Libvirt:
 
 
 def _name_in(xml: str) -> str:
-    return ET.fromstring(xml).findtext("name") or ""  # noqa: S314 - our own text
+    try:
+        return ET.fromstring(xml).findtext("name") or ""  # noqa: S314 - our own text
+    except ET.ParseError:
+        return ""  # libvirt will say what is wrong with it
 
 
 def _owner(domain: Any, owner_ns: str) -> str:

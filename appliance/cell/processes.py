@@ -70,6 +70,29 @@ def is_probe(process: Process) -> bool:
     return any(a.startswith(b"none") for a in process.argv)
 
 
+def is_domain(process: Process, domain: str) -> bool:
+    """True for a QEMU that libvirt started for exactly this domain name."""
+    names = (f"guest={domain}".encode(), f"guest={domain},".encode())
+    return any(a == names[0] or a.startswith(names[1]) for a in process.argv)
+
+
+def is_domain_process(pid: int, domain: str) -> bool:
+    """As :func:`is_domain`, by pid; False if there is no such process."""
+    process = look(pid)
+    return process is not None and is_domain(process, domain)
+
+
+def signal_domain_process(pid: int | None, domain: str, number: signal.Signals) -> bool:
+    """Send a signal to a QEMU, if ``pid`` still is this domain's. True if it was sent."""
+    process = None if pid is None else look(pid)
+    return process is not None and is_domain(process, domain) and send(process, number)
+
+
+def kill_domain_process(pid: int | None, domain: str) -> bool:
+    """SIGKILL a QEMU, if ``pid`` still is this domain's. True if it was sent."""
+    return signal_domain_process(pid, domain, signal.SIGKILL)
+
+
 def capture_file(process: Process) -> Path | None:
     """The file that a tcpdump writes; None for any other process.
 
@@ -92,8 +115,8 @@ def captures_below(folder: Path) -> dict[Path, Process]:
     return found
 
 
-def kill(process: Process) -> bool:
-    """SIGKILL exactly this process. False if it is gone, or its pid is another's by now."""
+def send(process: Process, number: signal.Signals) -> bool:
+    """Send a signal to exactly this process. False if it is gone, or its pid is another's by now."""
     try:
         # A descriptor holds on to the process: between the look and the signal its pid cannot change hands.
         fd = os.pidfd_open(process.pid)
@@ -102,7 +125,7 @@ def kill(process: Process) -> bool:
     try:
         if gone(process):
             return False
-        signal.pidfd_send_signal(fd, signal.SIGKILL)
+        signal.pidfd_send_signal(fd, number)
     except ProcessLookupError:
         return False
     finally:

@@ -11,16 +11,17 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from appliance.cell import netlink, processes
+from appliance.cell.baseline.places import marked
 from appliance.cell.domain import OWNER_NS
-from appliance.cell.incarnation import is_domain_process, kill_domain_process
 from appliance.cell.ledger import Kind, Ledger
 from appliance.cell.libvirt_door import DomainState, Libvirt
-from appliance.cell.processes import Process
+from appliance.cell.processes import Process, kill_domain_process
 from appliance.errors import HotcellError
 from appliance.host.clock import wait_until
 from appliance.host.paths import Paths
@@ -108,7 +109,7 @@ def _has_row(link: str, known: set[tuple[Kind, str]]) -> bool:
 
 
 def _accounted(process: Process, domains: set[str]) -> bool:
-    return any(is_domain_process(process.pid, name) for name in domains)
+    return any(processes.is_domain(process, name) for name in domains)
 
 
 def _told(process: Process) -> str:
@@ -201,7 +202,7 @@ def _remove_capture(stray: Stray, ground: Ground) -> None:
 
 
 def _end(process: Process) -> None:
-    processes.kill(process)
+    processes.send(process, signal.SIGKILL)
     wait_until(lambda: processes.gone(process), _GONE_S, f"process {process.pid} to be gone", interval=0.02)
 
 
@@ -214,7 +215,8 @@ def _remove_link(stray: Stray, ground: Ground) -> None:
 def _remove_folder(stray: Stray, ground: Ground) -> None:
     paths = ground.paths
     folder = Path(os.path.normpath(stray.name))
-    if not any(root in folder.parents for root in (paths.cells, paths.baselines)):
+    inside = any(root in folder.parents for root in (paths.cells, paths.baselines))
+    if not inside and folder.exists() and not marked(paths, folder):
         raise OSError(f"{folder} is not below {paths.cells} or {paths.baselines}; not touched")
     if folder.is_symlink() or folder.is_file():
         folder.unlink()

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from appliance.cell import netlink
-from appliance.cell.incarnation import kill_domain_process
+from appliance.cell.processes import kill_domain_process
 from appliance.errors import HotcellError
 from appliance.host import command
 from appliance.host.paths import Paths

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 
+from appliance.cell.ledger import Kind
 from appliance.cell.warden import Warden
 from appliance.errors import ConflictError, HotcellError
 from appliance.pipeline.cells import CellDesk
@@ -22,6 +24,7 @@ class Switches:
         self._trials = trials
         self._cells = cells
         warden.guard(self._unguarded)
+        bench.shop.libvirt.guard(self._hung)
 
     def kill(self, reason: str) -> KillView:
         """Cut all links first, then end all trials and machines; nothing is accepted until ``rearm``."""
@@ -57,6 +60,13 @@ class Switches:
         self._trials.accepting = False
         self._trials.abort_all("the warden has ended: the cells were cut, or nobody watches", failure=True)
         self.kill("the warden has ended")
+
+    def _hung(self, domain: str, what: str) -> None:
+        """libvirt could not command a machine, which was killed then: a trial that it belongs to is void."""
+        reason = f"libvirt did not {what} in time: its QEMU was killed"
+        for owner in [t.owner for t in self._bench.shop.ledger.things(Kind.DOMAIN) if t.name == domain]:
+            with suppress(HotcellError):  # a link that is not cut is the runner's to report
+                self._trials.abort(owner, reason, failure=True)
 
     def rearm(self) -> None:
         """Accept trials again.

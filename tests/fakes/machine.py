@@ -46,6 +46,7 @@ HELD = {
 }
 FACTS: dict[str, object] = {
     "boot_id": "b0", "nonce": "n0", "ram_sentinel": "", "disk_sentinel": "", "processes": ["init 1 1"],
+    "reseeded": True,
 }  # fmt: skip
 
 
@@ -86,7 +87,7 @@ class FakeGuest:
         self.programs: dict[str, Program] = {
             "/bin/chmod": self._chmod, "/bin/chown": self._chown, "/usr/bin/stat": self._stat,
             "/usr/bin/sha256sum": self._sum, "/bin/rm": self._rm,
-            "/usr/bin/systemd-run": self._unit, "/usr/bin/systemctl": self._ctl,
+            "/bin/date": lambda _argv, _stdin: (0, b"", b""), "/usr/bin/systemd-run": self._unit, "/usr/bin/systemctl": self._ctl,
         }  # fmt: skip
 
     def __call__(self, request: str, timeout_s: int, /) -> str:
@@ -121,6 +122,8 @@ class FakeGuest:
         self._number += 1
         if path in self.programs:
             self._running[self._number] = self.programs[path]([path, *arg], stdin)
+        elif arg[-1:] == ["--wait"]:
+            self._running[self._number] = (0, b"", b"")
         elif stdin and stdin.decode(errors="replace") in _SCRIPTS:
             answer = _SCRIPTS[stdin.decode()](self, arg)
             self._running[self._number] = (0, json.dumps(answer).encode(), b"")
@@ -158,14 +161,26 @@ class FakeGuest:
         self._number += 1
         self._handles[self._number] = path
         self.file(path).parent.mkdir(parents=True, exist_ok=True)
-        self.file(path).write_bytes(b"")
+        if mode == "w":
+            self.file(path).write_bytes(b"")
+        elif not self.file(path).exists() and path != proof._ASK:
+            raise FileNotFoundError(path)
         return self._number
 
     def guest_file_write(self, handle: int, buf_b64: str) -> dict[str, object]:
         data = base64.b64decode(buf_b64)
-        with self.file(self._handles[handle]).open("ab") as f:
-            f.write(data)
+        path = self._handles[handle]
+        if path == proof._ASK:  # the script that every clone has waiting
+            answer = json.dumps(self._facts(["-I", "-", *data.decode().split()])).encode()
+            self.file(proof._ANSWER).write_bytes(answer)
+        else:
+            with self.file(path).open("ab") as f:
+                f.write(data)
         return {"count": len(data), "eof": False}
+
+    def guest_file_read(self, handle: int, count: int) -> dict[str, object]:
+        data = self.file(self._handles[handle]).read_bytes()[:count]
+        return {"count": len(data), "buf-b64": base64.b64encode(data).decode(), "eof": True}
 
     def guest_file_close(self, handle: int) -> dict[str, object]:
         del self._handles[handle]
@@ -254,6 +269,9 @@ class FakeLibvirt:
     def guest(self, machine: str) -> FakeGuest:
         """The guest of the machine of that name, in whatever incarnation."""
         return self.guests.setdefault(machine, FakeGuest(self.root / "guests" / machine))
+
+    def guard(self, on_hang: Callable[[str, str], None]) -> None:
+        self.on_hang = on_hang
 
     def _do(self, what: str, name: str) -> None:
         self.done.append((what, name))

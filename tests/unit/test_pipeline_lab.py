@@ -324,6 +324,21 @@ def test_a_lost_warden_voids_what_runs_and_nothing_is_accepted(
         lab.create_trial(ASKED)
 
 
+def test_a_machine_that_libvirt_could_not_command_makes_its_trial_void(lab: Lab, w: Workbench) -> None:
+    w.talk = []
+    trial = lab.create_trial(ASKED).id
+    wait_for(lambda: lab.trial(trial).state is TrialState.RUNNING)
+    mine = next(t for t in w.bench.shop.ledger.things(Kind.DOMAIN) if t.owner == trial)
+    w.host.libvirt.on_hang("hc-c9-origin-00000000", "suspend a domain of nobody's")
+    assert not lab.trial(trial).state.ended
+    w.host.libvirt.on_hang(mine.name, f"suspend {mine.name}")
+    view = ended(lab, trial)
+    assert (view.state, view.blame) == (TrialState.VOID, Blame.LAB)
+    assert "QEMU was killed" in view.reason
+    assert w.host.net.plugged == {}
+    assert lab.health().accepting
+
+
 def test_health_tells_a_broken_seal(lab: Lab, w: Workbench) -> None:
     assert lab.health().ok
     w.host.net.links["eth0"] = "physical"

@@ -87,9 +87,11 @@ def test_exactly_the_process_that_was_seen_is_killed(started: list[subprocess.Po
     started.append(look_alike("x"))
     seen = processes.look(started[0].pid)
     assert seen is not None
-    assert not processes.kill(seen._replace(start=seen.start + 1)), "a later process of that pid"
+    assert not processes.send(seen._replace(start=seen.start + 1), signal.SIGKILL), (
+        "a later process of that pid"
+    )
     assert not processes.gone(seen)
-    assert processes.kill(seen)
+    assert processes.send(seen, signal.SIGKILL)
     wait_until(lambda: processes.gone(seen), 10, "its end")
     assert started[0].wait() == -signal.SIGKILL
-    assert not processes.kill(seen)
+    assert not processes.send(seen, signal.SIGKILL)

@@ -15,7 +15,7 @@ from fakes.qemu import look_alike
 from appliance.cell import sweep
 from appliance.cell.ledger import Kind
 from appliance.cell.libvirt_door import DomainState
-from appliance.cell.processes import look
+from appliance.cell.processes import started
 from appliance.cell.sweep import Ground, Stray, find_strays, remove
 
 
@@ -290,7 +290,7 @@ def test_a_qemu_that_is_just_being_started_is_spared(
 def test_a_process_of_an_exchanged_pid_is_not_killed(h: Host) -> None:
     bystander = subprocess.Popen(["/bin/sleep", "60"])
     try:
-        name = f"{bystander.pid} {look(bystander.pid).start} qemu"  # type: ignore[union-attr]
+        name = f"{bystander.pid} {started(bystander.pid)} qemu"
         stray = Stray(kind="process", name=name, owner="", removed=False, problem="")
         removed(h, [stray])
         assert bystander.poll() is None
