@@ -26,7 +26,8 @@ class DomainSpec(Frozen):
     """One incarnation of a machine, ready to be started.
 
     ``incoming`` makes it wait for a stream of state. It then is a clone, which maps ``ram_file`` privately,
-    unless ``share_ram`` makes it a twin, which takes RAM from the stream and leaves it in the file.
+    unless ``share_ram`` makes it a twin, which takes RAM from the stream and leaves it in the file. Without a
+    ``ram_file`` its RAM is its own, and ends with it.
     """
 
     domain: str
@@ -35,7 +36,7 @@ class DomainSpec(Frozen):
     machine: MachineSpec
     accelerator: Accelerator
     overlay: Path
-    ram_file: Path
+    ram_file: Path | None
     incoming: bool
     share_ram: bool = False
     bridge: str
@@ -103,17 +104,32 @@ def _devices(devices: ET.Element, spec: DomainSpec) -> None:
     serial = _sub(devices, "serial", type="file")
     _sub(serial, "source", path=str(spec.serial_log))
     _sub(_sub(devices, "rng", model="virtio"), "backend", "/dev/urandom", model="random")
+    for address in spec.machine.devices:
+        _passed_through(devices, address)
     _sub(devices, "memballoon", model="none")
     _sub(devices, "panic", model="isa")
 
 
+def _passed_through(devices: ET.Element, address: str) -> None:
+    domain, bus, rest = address.split(":")
+    slot, function = rest.split(".")
+    device = _sub(devices, "hostdev", mode="subsystem", type="pci", managed="yes")
+    _sub(
+        _sub(device, "source"), "address",
+        domain=f"0x{domain}", bus=f"0x{bus}", slot=f"0x{slot}", function=f"0x{function}",
+    )  # fmt: skip
+
+
 def _memory_arguments(root: ET.Element, spec: DomainSpec) -> None:
     arguments = _sub(root, f"{{{QEMU_NS}}}commandline")
-    share = "off" if spec.incoming and not spec.share_ram else "on"
-    path = str(spec.ram_file).replace(",", ",,")  # QEMU's way to write a comma inside an option's value
+    backend = f"memory-backend-ram,id={RAM_ID},size={spec.machine.memory_mib}M"
+    if spec.ram_file is not None:
+        share = "off" if spec.incoming and not spec.share_ram else "on"
+        path = str(spec.ram_file).replace(",", ",,")  # QEMU's way to write a comma inside an option's value
+        backend = backend.replace("-ram,", "-file,", 1) + f",mem-path={path},share={share}"
     argv = [
         "-object",
-        f"memory-backend-file,id={RAM_ID},size={spec.machine.memory_mib}M,mem-path={path},share={share}",
+        backend,
         "-machine",
         f"memory-backend={RAM_ID}",
     ]

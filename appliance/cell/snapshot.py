@@ -2,7 +2,7 @@
 
 A clone's RAM is a private view of its baseline's file and cannot be left out of a stream. So its whole state
 is handed over to a twin, on this host, whose RAM lies in a shared file: from then on the twin is a template
-like any other, and its RAM file is the new baseline's.
+like any other, and its RAM file is the new baseline's. For a disk baseline the guest is shut down instead.
 """
 
 from __future__ import annotations
@@ -11,52 +11,84 @@ import contextlib
 import hashlib
 import secrets
 import time
+from typing import Any
 
 from appliance.cell import migration
-from appliance.cell.baseline import DISK, RAM, STATE, Baseline, Workshop, making, publish, record_expected
+from appliance.cell.baseline import (
+    DISK,
+    RAM,
+    STATE,
+    Baseline,
+    BaselineKind,
+    Site,
+    Workshop,
+    making,
+    publish,
+    record_expected,
+    require_kind,
+)
+from appliance.cell.baseline.template import new_record, record_cold, shut_down
 from appliance.cell.cell import Cell
 from appliance.cell.incarnation import Incarnation
-from appliance.errors import LabError
+from appliance.errors import ConflictError, LabError
+
+_SENTINELS = ("/dev/shm/hotcell-sentinel", "/var/lib/hotcell-sentinel")  # noqa: S108 - in the guest
 
 
-def snapshot(shop: Workshop, cell: Cell, name: str, parent: Baseline, label: str) -> Baseline:
+def snapshot(
+    shop: Workshop, cell: Cell, name: str, parent: Baseline, label: str, kind: BaselineKind | None = None
+) -> Baseline:
     """Save a machine's present state under ``label``. The machine is used up and has to be restored.
 
+    ``kind`` is the parent's unless it is given.
+
     Raises:
-        LabError: the label is taken, or QEMU refused; the machine is gone then too.
+        ConflictError: the label is taken, or the machine cannot have a baseline of this kind.
+        LabError: QEMU refused, or the guest did not shut down; the machine is gone then too.
         GuestTamperError: the guest does not answer as an honest one would; nothing was saved.
     """
     began = time.monotonic()
     machine = cell.machine(name)
-    twin: Incarnation | None = None
-    with making(shop, label, cell.id) as (folder, final):
-        if final.exists():
-            raise LabError(f"there is a baseline {label} already", hint="choose another name")
+    kind = kind or parent.kind
+    require_kind(machine.spec.machine, kind)
+    with making(shop, label, cell.id, machine.spec.machine if kind == "ram" else None) as site:
+        if site.final.exists():
+            raise ConflictError(f"there is a baseline {label} already", hint="choose another name")
         # The sentinels of this incarnation are part of no baseline: a restore must find none.
-        machine.qga.exec(["/bin/rm", "-f", "/dev/shm/hotcell-sentinel", "/var/lib/hotcell-sentinel"])  # noqa: S108
-        expected = record_expected(machine, final, parent.expected.chain)
-        machine.qga.exec(["/bin/sync"], timeout_s=120)
-        machine.unplug()
-        machine.pause()
-        try:
-            twin = shop.prepare_twin(machine, folder / RAM)
-            twin.start()
-            migration.hand_over(machine, twin)
-            migration.save_state(twin, folder / STATE)
-            twin.destroy()
-            twin = None
-            cell.machines.pop(name).destroy(keep_folder=True)
-            machine.spec.overlay.rename(folder / DISK)
-            machine.remove_folder()
-        finally:
-            if twin is not None:
-                with contextlib.suppress(LabError):
-                    twin.destroy()
-        key = hashlib.sha256(f"{parent.key} {label} {secrets.token_hex(16)}".encode()).hexdigest()
-        record = parent.model_copy(
-            update={
-                "key": key, "expected": expected, "files": {}, "created": time.time(), "folder": final,
-                "seconds": time.monotonic() - began, "label": label, "parent": parent.id,
-            }
-        )  # fmt: skip
-        return publish(record, folder)
+        machine.qga.exec(["/bin/rm", "-f", *_SENTINELS])
+        chain = parent.expected.chain
+        fields: dict[str, Any] = {
+            "key": hashlib.sha256(f"{parent.key} {label} {secrets.token_hex(16)}".encode()).hexdigest(),
+            "machine": parent.machine, "accelerator": shop.accelerator, "files": {},
+            "versions": shop.libvirt.versions(), "folder": site.final, "label": label, "parent": parent.id,
+            "created_by": "request",
+        }  # fmt: skip
+        if kind == "ram":
+            fields["expected"] = record_expected(machine, site, chain)
+            _save_memory(shop, machine, site)
+        else:
+            fields["expected"] = record_cold(machine, site.final, chain)
+            machine.unplug()
+            shut_down(machine)
+        cell.machines.pop(name).destroy(keep_folder=True)
+        machine.spec.overlay.rename(site.folder / DISK)
+        machine.remove_folder()
+        return publish(new_record(kind, site, began, fields), site.folder)
+
+
+def _save_memory(shop: Workshop, machine: Incarnation, site: Site) -> None:
+    twin: Incarnation | None = None
+    machine.qga.exec(["/bin/sync"], timeout_s=120)
+    machine.unplug()
+    machine.pause()
+    try:
+        twin = shop.prepare_twin(machine, site.memory / RAM)
+        twin.start()
+        migration.hand_over(machine, twin)
+        migration.save_state(twin, site.memory / STATE)
+        twin.destroy()
+        twin = None
+    finally:
+        if twin is not None:
+            with contextlib.suppress(LabError):
+                twin.destroy()

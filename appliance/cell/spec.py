@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import Field
 
 from appliance.errors import UserError
-from appliance.model import Frozen, Name, Role, Sha256
+from appliance.model import Frozen, Name, PciAddress, Role, Sha256
 
 SEGMENT = "10.77.0"
 SEGMENT6 = "fd77::"
@@ -33,13 +33,14 @@ class GuestImage(Frozen):
 
 
 class MachineSpec(Frozen):
-    """One machine of a cell. Memory in MiB."""
+    """One machine of a cell. Memory in MiB; ``devices`` are host functions passed through to it."""
 
     name: Name
     role: Role
     image: GuestImage
     memory_mib: int = Field(ge=64)
     vcpus: int = Field(ge=1)
+    devices: tuple[PciAddress, ...] = ()
 
     @property
     def host_number(self) -> int:

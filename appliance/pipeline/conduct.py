@@ -86,7 +86,10 @@ def conduct(
         queries.upsert_state(bench.store, plan.id, state)
         on_state(state)
 
-    outcome = _run_and_score(bench, plan, folder, cell, stop, enter)
+    try:
+        outcome = _run_and_score(bench, plan, folder, cell, stop, enter)
+    finally:
+        bench.shelf.store.release(plan.id)
     return _finish(bench, plan, folder, outcome)
 
 
@@ -115,6 +118,7 @@ def _run_and_score(
         stop.check()
         enter(TrialState.RESETTING)
         baselines = bench.shelf.ensure(plan.machines, report)
+        bench.shelf.store.hold(baselines.values(), plan.id)
 
         def run_enter(state: TrialState) -> None:
             enter(state)

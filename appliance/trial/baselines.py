@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import concurrent.futures
 import secrets
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from appliance.cell import baseline as saved
-from appliance.cell.baseline import Baseline, Workshop
+from appliance.cell.baseline import Baseline, BaselineStore, Workshop
 from appliance.cell.cell import Cell
 from appliance.cell.credentials import SshKeys
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.spec import MachineSpec
-from appliance.errors import ResetError
+from appliance.errors import ConflictError, ResetError
 from appliance.trial.making import Makers, Making
 from appliance.trial.warmup import recipe, warm_up
 
@@ -32,7 +31,8 @@ class BaselineShelf:
     def __init__(self, shop: Workshop, keys: SshKeys) -> None:
         self._shop = shop
         self._keys = keys
-        self._checked: set[str] = set()
+        self.store = BaselineStore(shop)
+        self._checked = self.store.checked
         self._makers: Makers[Baseline] = Makers()
         self._cells: set[str] = set()
 
@@ -54,9 +54,7 @@ class BaselineShelf:
 
     def all(self) -> list[Baseline]:
         """Every baseline that can be read, oldest first."""
-        records = self._shop.paths.baselines.glob(f"*/{saved.RECORD}")
-        found = (saved.read(path.parent) for path in records if not path.parent.name.startswith("."))
-        return sorted((b for b in found if b), key=lambda b: b.created)
+        return self.store.all()
 
     def _one(self, machine: MachineSpec, report: Report, check: Callable[[], None]) -> Baseline:
         what = recipe(machine.role, self._keys, warm_model=True)
@@ -81,7 +79,7 @@ class BaselineShelf:
                 saved.check_files(found, read=key not in self._checked)
             except ResetError as e:
                 making.tell(f"making it anew: {e.message}")
-                shutil.rmtree(found.folder)
+                self._remove(found)
             else:
                 self._checked.add(key)
                 return found
@@ -89,6 +87,14 @@ class BaselineShelf:
         self._checked.add(key)
         making.tell("", made.seconds)
         return made
+
+    def _remove(self, damaged: Baseline) -> None:
+        try:
+            self.store.delete(damaged)
+        except ConflictError as e:
+            raise ResetError(
+                f"baseline {damaged.id} is damaged, and cannot be made anew: {e.message}", hint=e.hint
+            ) from e
 
     def _make(self, machine: MachineSpec, key: str, making: Making[Baseline]) -> Baseline:
         def warm(template: Incarnation) -> None:
@@ -105,8 +111,8 @@ class BaselineShelf:
             self._cells.discard(cell.id)
 
     def cells_in_use(self) -> set[str]:
-        """Ids of the cells in which baselines are being made now."""
-        return set(self._cells)
+        """Ids of the cells in which baselines are being made now, and what stands for one being deleted."""
+        return set(self._cells) | self.store.owners_in_use()
 
     def stop_making(self, wait_s: float = 0.0) -> None:
         """End whatever is being made; who waits for it gets a LabError. Waits until it is gone, if asked to."""

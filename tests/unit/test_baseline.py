@@ -20,6 +20,7 @@ from appliance.cell.baseline import (
     RECORD,
     STATE,
     Baseline,
+    Site,
     baseline_key,
     check_files,
     find,
@@ -49,11 +50,11 @@ def h(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
 
 def saved(h: Host, name: str = "origin", key: str = "k" * 64) -> Baseline:
     """A published baseline with small files."""
-    with making(h.shop, f"{name}-{key[:12]}", "make-1") as (folder, final):
+    with making(h.shop, f"{name}-{key[:12]}", "make-1") as site:
         for part in (RAM, STATE, DISK):
-            (folder / part).write_bytes(part.encode() * 100)
-        record = h.baseline(name).model_copy(update={"key": key, "folder": final})
-        return publish(record, folder)
+            (site.folder / part).write_bytes(part.encode() * 100)
+        record = h.baseline(name).model_copy(update={"key": key, "folder": site.final})
+        return publish(record, site.folder)
 
 
 def test_a_published_baseline_is_found_and_good(h: Host) -> None:
@@ -142,9 +143,9 @@ def test_a_good_baseline_is_never_replaced(h: Host) -> None:
 
 
 def test_a_making_that_fails_leaves_nothing(h: Host) -> None:
-    with pytest.raises(ZeroDivisionError), making(h.shop, "origin-x", "make-1") as (folder, _final):  # noqa: PT012 - the block is what fails
-        assert [t.name for t in h.ledger.things()] == [str(folder)], "its row came first"
-        (folder / RAM).write_bytes(b"x")
+    with pytest.raises(ZeroDivisionError), making(h.shop, "origin-x", "make-1") as site:  # noqa: PT012 - the block is what fails
+        assert [t.name for t in h.ledger.things()] == [str(site.folder)], "its row came first"
+        (site.folder / RAM).write_bytes(b"x")
         raise ZeroDivisionError
     assert list(h.paths.baselines.iterdir()) == []
     assert h.ledger.things() == []
@@ -188,7 +189,8 @@ def machine(h: Host) -> Incarnation:
 def test_what_is_recorded_is_what_a_clone_is_held_against(
     h: Host, machine: Incarnation, tmp_path: Path
 ) -> None:
-    expected = record_expected(machine, tmp_path / "b", (Path("/image/disk"),))
+    site = Site(tmp_path / ".b", tmp_path / "b", tmp_path / ".b", tmpfs=False)
+    expected = record_expected(machine, site, (Path("/image/disk"),))
     assert h.guest("origin").file("/run/hotcell-baseline").read_text() == expected.nonce
     assert expected.chain == (tmp_path / "b" / DISK, Path("/image/disk"))
     assert expected.ram_file == tmp_path / "b" / RAM
@@ -199,7 +201,9 @@ def test_the_process_list_has_to_settle(h: Host, machine: Incarnation, tmp_path:
     lists = [["init 1 1", "udev 9 9"], ["init 1 1", "udev 9 9", "udev 10 10"], ["init 1 1"], ["init 1 1"]]
     guest = h.guest("origin")
     guest._facts = lambda _arg: FACTS | {"processes": lists.pop(0) if len(lists) > 1 else lists[0]}  # type: ignore
-    assert record_expected(machine, tmp_path, ()).processes == ("init 1 1",)
+    assert record_expected(machine, Site(tmp_path, tmp_path, tmp_path, tmpfs=False), ()).processes == (
+        "init 1 1",
+    )
 
 
 @pytest.mark.parametrize("state", ["silent", "tampering", "gone"])

@@ -1,9 +1,9 @@
 """Baselines: saved, proven-clean states that reset returns to.
 
-A baseline is a folder of read-only files: ``ram`` (the guest's memory, mapped by its clones), ``state``
-(device state, below 1 MiB), ``disk.qcow2`` (the frozen layer) and ``baseline.json`` (the record below).
-A clone maps RAM copy-on-write and writes to an overlay of its own, so restoring costs neither copying nor
-time in proportion to RAM or to what the last run dirtied.
+A ``ram`` baseline is four read-only files: ``ram`` (the guest's memory, mapped by its clones), ``state``
+(device state, below 1 MiB), ``disk.qcow2`` (the frozen layer) and ``baseline.json`` (the record). A clone maps
+RAM copy-on-write and writes to an overlay of its own, so restoring costs neither copying nor time in
+proportion to RAM or to what the last run dirtied. A ``disk`` baseline has the disk only; its machines boot.
 """
 
 from appliance.cell.baseline.record import (
@@ -12,16 +12,24 @@ from appliance.cell.baseline.record import (
     RECORD,
     STATE,
     Baseline,
+    BaselineKind,
+    ColdExpected,
+    CreatedBy,
+    DiskBaseline,
     FileFact,
+    RamBaseline,
     baseline_key,
     check_files,
+    cpu_fingerprint,
     file_fact,
     find,
     publish,
     read,
+    require_kind,
 )
 from appliance.cell.baseline.restoring import prove, restore
-from appliance.cell.baseline.template import Warm, make, making, record_expected
+from appliance.cell.baseline.store import BaselineStore
+from appliance.cell.baseline.template import Site, Warm, make, making, record_expected
 from appliance.cell.baseline.workshop import Workshop
 
 __all__ = [
@@ -30,11 +38,19 @@ __all__ = [
     "RECORD",
     "STATE",
     "Baseline",
+    "BaselineKind",
+    "BaselineStore",
+    "ColdExpected",
+    "CreatedBy",
+    "DiskBaseline",
     "FileFact",
+    "RamBaseline",
+    "Site",
     "Warm",
     "Workshop",
     "baseline_key",
     "check_files",
+    "cpu_fingerprint",
     "file_fact",
     "find",
     "make",
@@ -43,5 +59,6 @@ __all__ = [
     "publish",
     "read",
     "record_expected",
+    "require_kind",
     "restore",
 ]

@@ -6,19 +6,22 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from appliance.cell import overlay
 from appliance.cell.proof import Expected
 from appliance.cell.spec import MachineSpec
-from appliance.errors import LabError, ResetError
+from appliance.errors import ConflictError, LabError, ResetError
 from appliance.host.paths import Paths
 from appliance.model import Accelerator, Frozen
 
 RAM, STATE, DISK, RECORD = "ram", "state", "disk.qcow2", "baseline.json"
-_PARTS = (RAM, STATE, DISK)
+BaselineKind = Literal["ram", "disk"]
+CreatedBy = Literal["trial", "cell", "request", "import"]
 
 
 class FileFact(Frozen):
@@ -31,13 +34,20 @@ class FileFact(Frozen):
     ctime_ns: int
 
 
-class Baseline(Frozen):
-    """The record of one baseline. ``key`` is what it was made from; equal key, equal baseline."""
+class ColdExpected(Frozen):
+    """What a ``disk`` baseline recorded of its template, to hold a machine that booted anew against."""
+
+    boot_id: str
+    nonce: str
+    chain: tuple[Path, ...]
+
+
+class Saved(Frozen):
+    """What every baseline has. ``key`` is what it was made from; equal key, equal baseline."""
 
     key: str
     machine: MachineSpec
     accelerator: Accelerator
-    expected: Expected
     files: dict[str, FileFact]
     created: float
     seconds: float
@@ -45,15 +55,72 @@ class Baseline(Frozen):
     folder: Path
     label: str = ""
     parent: str = ""
+    created_by: CreatedBy = "trial"
 
     @property
     def id(self) -> str:
         """Its name: the label if it was given one, else machine and the first digits of the key."""
         return self.label or f"{self.machine.name}-{self.key[:12]}"
 
+    def path(self, part: str) -> Path:
+        """Where one of its files lies."""
+        return self.folder / part
+
+
+class RamBaseline(Saved):
+    """Memory, device state and disk: a reset goes on where the machine was saved.
+
+    No passed-through device can be saved, so no machine that has one can have such a baseline.
+    ``memory`` is the folder of RAM and state, if that is not the baseline's own.
+    """
+
+    kind: Literal["ram"] = "ram"
+    expected: Expected
+    memory: Path | None = None
+
+    @model_validator(mode="after")
+    def _no_devices(self) -> RamBaseline:
+        if self.machine.devices:
+            raise ValueError("a machine with passed-through devices has no RAM baseline")
+        return self
+
+    def path(self, part: str) -> Path:
+        """Where one of its files lies."""
+        return (self.memory or self.folder) / part if part in (RAM, STATE) else self.folder / part
+
+
+class DiskBaseline(Saved):
+    """The disk of a machine that was shut down: a reset boots it anew."""
+
+    kind: Literal["disk"] = "disk"
+    expected: ColdExpected
+
+
+Baseline = RamBaseline | DiskBaseline
+_BASELINE: TypeAdapter[Baseline] = TypeAdapter(Annotated[Baseline, Field(discriminator="kind")])
+PARTS: dict[BaselineKind, tuple[str, ...]] = {"ram": (RAM, STATE, DISK), "disk": (DISK,)}
+
+
+def require_kind(machine: MachineSpec, kind: BaselineKind) -> None:
+    """Refuse a RAM baseline of a machine that cannot have one; it is never silently made a disk baseline.
+
+    Raises:
+        ConflictError: the machine has passed-through devices.
+    """
+    if kind == "ram" and machine.devices:
+        raise ConflictError(
+            f"{machine.name} has passed-through devices ({', '.join(machine.devices)}), whose state cannot be "
+            "saved: no RAM baseline of it is possible",
+            hint="ask for a disk baseline; a reset then boots it anew",
+        )
+
 
 def baseline_key(
-    machine: MachineSpec, accelerator: Accelerator, versions: dict[str, str], recipe: str
+    machine: MachineSpec,
+    accelerator: Accelerator,
+    versions: dict[str, str],
+    recipe: str,
+    kind: BaselineKind = "ram",
 ) -> str:
     """sha256 over everything a baseline depends on. ``recipe`` names and versions its warm-up."""
     basis = {
@@ -61,10 +128,16 @@ def baseline_key(
         "accelerator": accelerator,
         "versions": versions,
         "recipe": recipe,
-        "format": 1,
+        "format": 2,
         "host_cpu": _cpu_model(),
+        "kind": kind,
     }
     return hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
+
+
+def cpu_fingerprint() -> str:
+    """sha256 of what a saved CPU state depends on."""
+    return hashlib.sha256(_cpu_model().encode()).hexdigest()
 
 
 def _cpu_model() -> str:
@@ -74,14 +147,19 @@ def _cpu_model() -> str:
     return "\n".join(x for x in lines if x.split("\t")[0].strip() in wanted)
 
 
-def publish(record: Baseline, folder: Path) -> Baseline:
+def publish(record: Baseline, folder: Path, layers: Sequence[str] = ()) -> Baseline:
     """Freeze the files of ``folder``, note what they are, and give them their final place.
+
+    ``layers`` are disk layers that lie in ``folder`` too, below the baseline's own.
 
     Raises:
         LabError: there is a baseline in that place already.
     """
-    for part in _PARTS:
-        path = folder / part
+    places = {
+        part: folder / part if record.path(part).parent == record.folder else record.path(part)
+        for part in (*PARTS[record.kind], *layers)
+    }
+    for path in places.values():
         with path.open("rb") as f:
             os.fsync(f.fileno())
         overlay.freeze(path)
@@ -92,7 +170,7 @@ def publish(record: Baseline, folder: Path) -> Baseline:
             )
         shutil.rmtree(record.folder)
     # Facts are taken after the last change of any inode field; a rename changes only the folder's.
-    record = record.model_copy(update={"files": {part: file_fact(folder / part) for part in _PARTS}})
+    record = record.model_copy(update={"files": {part: file_fact(path) for part, path in places.items()}})
     (folder / RECORD).write_text(record.model_dump_json(indent=1))
     folder.rename(record.folder)
     return record
@@ -118,7 +196,7 @@ def read(folder: Path) -> Baseline | None:
     and least of all to remove.
     """
     try:
-        record = Baseline.model_validate_json((folder / RECORD).read_bytes())
+        record = _BASELINE.validate_json((folder / RECORD).read_bytes())
     except (OSError, ValidationError):
         return None
     return record if record.folder == folder else None
@@ -139,7 +217,7 @@ def check_files(baseline: Baseline, *, read: bool = False) -> None:
         ResetError: a file is missing or its content changed.
     """
     for part, fact in baseline.files.items():
-        path = baseline.folder / part
+        path = baseline.path(part)
         try:
             stat = path.stat()
         except OSError as e:

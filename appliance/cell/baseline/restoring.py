@@ -6,29 +6,32 @@ import contextlib
 import time
 
 from appliance.cell import migration
-from appliance.cell.baseline.record import DISK, RAM, STATE, Baseline, check_files
+from appliance.cell.baseline.cold import boot, prove_cold
+from appliance.cell.baseline.record import DISK, RAM, STATE, Baseline, DiskBaseline, check_files
 from appliance.cell.baseline.workshop import Workshop
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.proof import Check as ProofCheck
-from appliance.cell.proof import Proof, guest_checks, guest_facts, host_checks
+from appliance.cell.proof import Proof, ask_waiting, guest_checks, host_checks
 from appliance.errors import GuestChannelError, GuestTamperError, LabError
 from appliance.model import printable
 
 
 def restore(shop: Workshop, baseline: Baseline, cell: str) -> Incarnation:
-    """A clone of a baseline: running, unplugged, not yet proved.
+    """A clone of a baseline, or a machine that boots from it: running, unplugged, not yet proved.
 
     Raises:
         ResetError: the baseline's files changed.
         LabError: libvirt or QEMU refused.
     """
+    if isinstance(baseline, DiskBaseline):
+        return boot(shop, baseline, cell)
     check_files(baseline)
     clone = shop.prepare(
-        baseline.machine, cell, backing=baseline.folder / DISK, ram=baseline.folder / RAM, incoming=True
+        baseline.machine, cell, backing=baseline.path(DISK), ram=baseline.path(RAM), incoming=True
     )
     try:
         clone.start()
-        migration.load_state(clone, baseline.folder / STATE)
+        migration.load_state(clone, baseline.path(STATE))
         clone.resume()
     except BaseException:
         # The first error is the one to tell; the ledger knows what is left.
@@ -44,10 +47,12 @@ def prove(clone: Incarnation, baseline: Baseline, began: float) -> Proof:
     ``began`` is the monotonic time of the request. A guest that does not answer or answers nonsense is a
     failed check, so the caller withholds the machine.
     """
+    if isinstance(baseline, DiskBaseline):
+        return prove_cold(clone, baseline, began)
     checks: list[ProofCheck] = list(host_checks(clone, baseline.expected))
     try:
         clone.wait_for_agent(30)
-        checks += guest_checks(guest_facts(clone.qga, clone.id), baseline.expected)
+        checks += guest_checks(ask_waiting(clone.qga, clone.id), baseline.expected)
     except (GuestChannelError, GuestTamperError, LabError) as e:
         checks.append(
             ProofCheck(name="guest answers", passed=False, expected="its facts", found=printable(str(e), 300))

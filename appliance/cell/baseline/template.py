@@ -8,21 +8,55 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from appliance.cell import migration
-from appliance.cell.baseline.record import DISK, RAM, STATE, Baseline, publish
+from appliance.cell.baseline.record import (
+    DISK,
+    RAM,
+    STATE,
+    Baseline,
+    BaselineKind,
+    ColdExpected,
+    CreatedBy,
+    DiskBaseline,
+    RamBaseline,
+    publish,
+    require_kind,
+)
 from appliance.cell.baseline.workshop import Workshop
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.ledger import Kind
-from appliance.cell.proof import Expected, GuestFacts, guest_facts
+from appliance.cell.libvirt_door import DomainState
+from appliance.cell.proof import Expected, GuestFacts, guest_facts, leave_waiting
 from appliance.cell.spec import MachineSpec
-from appliance.errors import LabError
+from appliance.errors import GuestChannelError, LabError
+from appliance.host.capacity import require_room
 from appliance.host.clock import wait_until
 
-_AGENT_LIMIT_S = 180.0
+AGENT_LIMIT_S = 180.0
+_SHUTDOWN_S = 120.0
+_STATE_BYTES = 64 << 20  # device state is below 1 MiB; the rest is tmpfs's own
 _SETTLE_S = 3.5
 _NONCE_PATH = "/run/hotcell-baseline"
 Warm = Callable[[Incarnation], None]
+
+
+class Site(NamedTuple):
+    """Where a baseline is made, and what it is to become.
+
+    ``memory`` is where RAM and state are written; ``tmpfs`` says that they stay there.
+    """
+
+    folder: Path
+    final: Path
+    memory: Path
+    tmpfs: bool
+
+    @property
+    def ram_file(self) -> Path:
+        """The RAM file's final place."""
+        return (self.memory if self.tmpfs else self.final) / RAM
 
 
 def make(
@@ -32,6 +66,9 @@ def make(
     key: str,
     warm: Warm,
     on_template: Callable[[Incarnation], None] = lambda _t: None,
+    *,
+    kind: BaselineKind = "ram",
+    created_by: CreatedBy = "trial",
 ) -> Baseline:
     """Boot a machine from its image, let ``warm`` bring it to the wanted state, save it.
 
@@ -39,65 +76,122 @@ def make(
     ``on_template`` gets the template as soon as it exists; killing it ends the making.
 
     Raises:
+        ConflictError: a machine with passed-through devices was to keep its RAM.
+        CapacityError: the RAM file does not fit where it is to lie.
         LabError: booting, warming or saving failed.
     """
+    require_kind(machine, kind)
     began = time.monotonic()
     template: Incarnation | None = None
-    with making(shop, f"{machine.name}-{key[:12]}", cell) as (folder, final):
+    with making(shop, f"{machine.name}-{key[:12]}", cell, machine if kind == "ram" else None) as site:
         try:
-            template = shop.prepare(
-                machine, cell, backing=machine.image.disk, ram=folder / RAM, incoming=False
-            )
+            ram = site.memory / RAM if kind == "ram" else None
+            template = shop.prepare(machine, cell, backing=machine.image.disk, ram=ram, incoming=False)
             on_template(template)
             template.start()
             template.plug()
             template.resume()
-            template.wait_for_agent(_AGENT_LIMIT_S)
+            template.wait_for_agent(AGENT_LIMIT_S)
             warm(template)
-            expected = record_expected(template, final, (machine.image.disk,))
-            template.pause()
-            migration.save_state(template, folder / STATE)
+            common: dict[str, Any] = {
+                "key": key, "machine": machine, "accelerator": shop.accelerator, "files": {},
+                "versions": shop.libvirt.versions(), "folder": site.final, "created_by": created_by,
+            }  # fmt: skip
+            below = (machine.image.disk,)
+            if kind == "ram":
+                common |= {"expected": record_expected(template, site, below)}
+                template.pause()
+                migration.save_state(template, site.memory / STATE)
+            else:
+                common |= {"expected": record_cold(template, site.final, below)}
+                shut_down(template)
             template.destroy(keep_folder=True)
-            template.spec.overlay.rename(folder / DISK)
+            template.spec.overlay.rename(site.folder / DISK)
             template.remove_folder()
             template = None
-            record = Baseline(
-            key=key, machine=machine, accelerator=shop.accelerator, expected=expected, files={},
-            created=time.time(), seconds=time.monotonic() - began, versions=shop.libvirt.versions(), folder=final,
-        )  # fmt: skip
-            return publish(record, folder)
+            return publish(new_record(kind, site, began, common), site.folder)
         finally:
             if template is not None:
                 with contextlib.suppress(LabError):
                     template.destroy()
 
 
+def new_record(kind: BaselineKind, site: Site, began: float, fields: dict[str, Any]) -> Baseline:
+    """The record of what was saved just now; ``began`` is the monotonic time of the request."""
+    fields = fields | {"created": time.time(), "seconds": time.monotonic() - began}
+    if kind == "ram":
+        return RamBaseline(memory=site.memory if site.tmpfs else None, **fields)
+    return DiskBaseline(**fields)
+
+
 @contextlib.contextmanager
-def making(shop: Workshop, name: str, cell: str) -> Iterator[tuple[Path, Path]]:
-    """A folder to make a baseline in, and the one it is to become; the first is gone afterwards."""
-    final = shop.paths.baselines / name
-    folder = shop.paths.baselines / f".{name}-{secrets.token_hex(4)}"
-    shop.ledger.enter(Kind.FOLDER, str(folder), cell)
-    folder.mkdir(mode=0o700)
+def making(shop: Workshop, name: str, cell: str, machine: MachineSpec | None = None) -> Iterator[Site]:
+    """A place to make a baseline in; unless it was published, nothing of it is left afterwards.
+
+    ``machine`` is the one whose RAM is to be kept.
+
+    Raises:
+        CapacityError: the RAM file does not fit where it is to lie.
+    """
+    unique = f"{name}-{secrets.token_hex(4)}"
+    folder, final = shop.paths.baselines / f".{unique}", shop.paths.baselines / name
+    site = Site(folder, final, folder, tmpfs=False)
+    if machine is not None and shop.memory is not None:
+        site = Site(folder, final, shop.memory / unique, tmpfs=True)
+        size = (machine.memory_mib << 20) + _STATE_BYTES
+        require_room(shop.memory, memory=size, disk=size, purpose=f"the RAM of {name}")
+    places = sorted({site.folder, site.memory})
     try:
-        yield folder, final
+        for place in places:
+            shop.ledger.enter(Kind.FOLDER, str(place), cell)
+            place.mkdir(mode=0o700)
+        yield site
     finally:
-        if folder.exists():
-            shutil.rmtree(folder)
-        shop.ledger.strike(Kind.FOLDER, str(folder))
+        published = final.exists() and not folder.exists()
+        for place in places:
+            if place.exists() and not (published and place == site.memory):
+                shutil.rmtree(place)
+            shop.ledger.strike(Kind.FOLDER, str(place))
 
 
-def record_expected(template: Incarnation, final: Path, below: Sequence[Path]) -> Expected:
+def record_expected(template: Incarnation, site: Site, below: Sequence[Path]) -> Expected:
     """What a machine that is about to be saved will be held against; ``below`` are the layers under its own."""
-    nonce = secrets.token_hex(16)
-    template.qga.write_file(_NONCE_PATH, nonce.encode())
+    nonce = _plant_nonce(template)
+    leave_waiting(template.qga)
     facts = _settled_facts(template)
     return Expected(
         boot_id=facts.boot_id,
         nonce=nonce,
         processes=tuple(facts.processes),
-        chain=(final / DISK, *below),
-        ram_file=final / RAM,
+        chain=(site.final / DISK, *below),
+        ram_file=site.ram_file,
+    )
+
+
+def record_cold(template: Incarnation, final: Path, below: Sequence[Path]) -> ColdExpected:
+    """What a machine that boots from this one's disk will be held against."""
+    nonce = _plant_nonce(template)
+    return ColdExpected(
+        boot_id=guest_facts(template.qga, "").boot_id, nonce=nonce, chain=(final / DISK, *below)
+    )
+
+
+def _plant_nonce(template: Incarnation) -> str:
+    nonce = secrets.token_hex(16)
+    template.qga.write_file(_NONCE_PATH, nonce.encode())
+    return nonce
+
+
+def shut_down(machine: Incarnation) -> None:
+    """Have a guest power itself off, so that its disk is whole.
+
+    Raises:
+        LabError: it did not within 120 s.
+    """
+    with contextlib.suppress(GuestChannelError):  # the agent may be gone before it answers
+        machine.qga.exec(["/usr/bin/systemctl", "poweroff", "--no-block"])
+    wait_until(
+        lambda: machine.state is DomainState.GONE, _SHUTDOWN_S, f"{machine.name} to power off", interval=0.1
     )
 
 

@@ -16,18 +16,25 @@ class Workshop:
     """What making and restoring machines needs, in one value."""
 
     def __init__(
-        self, paths: Paths, libvirt: Libvirt, ledger: Ledger, accelerator: Accelerator, owner: str
+        self,
+        paths: Paths,
+        libvirt: Libvirt,
+        ledger: Ledger,
+        accelerator: Accelerator,
+        owner: str,
+        memory: Path | None = None,
     ) -> None:
         self.paths = paths
         self.libvirt = libvirt
         self.ledger = ledger
         self.accelerator = accelerator
         self.owner = owner
+        self.memory = memory  # where RAM files lie, if not in the home
 
     def prepare(
-        self, machine: MachineSpec, cell: str, *, backing: Path, ram: Path, incoming: bool
+        self, machine: MachineSpec, cell: str, *, backing: Path, ram: Path | None, incoming: bool
     ) -> Incarnation:
-        """A new incarnation, not started."""
+        """A new incarnation, not started. Without a RAM file its memory is its own, and is lost with it."""
         return prepare(
             machine, cell, owner=self.owner, backing=backing, ram_file=ram, incoming=incoming,
             accelerator=self.accelerator, paths=self.paths, libvirt=self.libvirt, ledger=self.ledger,

@@ -1,0 +1,85 @@
+"""A machine booted anew from the disk of a ``disk`` baseline, and the proof that it is one.
+
+The way of machines with passed-through devices, whose state cannot be saved; any other machine can have it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from appliance.cell.baseline.record import DISK, RAM, ColdExpected, DiskBaseline, check_files
+from appliance.cell.baseline.template import AGENT_LIMIT_S
+from appliance.cell.baseline.workshop import Workshop
+from appliance.cell.incarnation import Incarnation
+from appliance.cell.proof import Check, GuestFacts, Proof, disk_checks, guest_facts
+from appliance.errors import GuestChannelError, GuestTamperError, LabError
+from appliance.model import printable
+
+
+def boot(shop: Workshop, baseline: DiskBaseline, cell: str) -> Incarnation:
+    """A machine on a new overlay of the baseline's disk: booting, unplugged, not yet proved.
+
+    Raises:
+        ResetError: the baseline's files changed.
+        LabError: libvirt or QEMU refused.
+    """
+    check_files(baseline)
+    clone = shop.prepare(baseline.machine, cell, backing=baseline.path(DISK), ram=None, incoming=False)
+    try:
+        clone.start()
+        clone.resume()
+    except BaseException:
+        # The first error is the one to tell; the ledger knows what is left.
+        with contextlib.suppress(LabError):
+            clone.destroy()
+        raise
+    return clone
+
+
+def prove_cold(clone: Incarnation, baseline: DiskBaseline, began: float) -> Proof:
+    """Hold a booted, unplugged machine against its baseline; plants the new incarnation's sentinels.
+
+    ``began`` is the monotonic time of the request. A guest that does not answer or answers nonsense is a
+    failed check, so the caller withholds the machine.
+    """
+    checks = [*disk_checks(clone, baseline.expected.chain), _no_saved_ram(clone.pid)]
+    try:
+        clone.wait_for_agent(AGENT_LIMIT_S)
+        checks += cold_checks(guest_facts(clone.qga, clone.id), baseline.expected)
+    except (GuestChannelError, GuestTamperError, LabError) as e:
+        found = printable(str(e), 300)
+        checks.append(Check(name="guest answers", passed=False, expected="its facts", found=found))
+    return Proof(
+        machine=clone.name, incarnation=clone.id, baseline=baseline.id,
+        seconds=time.monotonic() - began, checks=tuple(checks),
+    )  # fmt: skip
+
+
+def cold_checks(facts: GuestFacts, expected: ColdExpected) -> Iterator[Check]:
+    """The guest's half of a proof. Pure."""
+    yield Check(
+        name="boot id is a new one",
+        passed=bool(facts.boot_id) and facts.boot_id != expected.boot_id,
+        expected=f"another than {expected.boot_id}",
+        found=printable(facts.boot_id, 300),
+    )
+    for name, found in (
+        ("RAM holds no nonce of an earlier boot", facts.nonce),
+        ("no RAM sentinel of an earlier run", facts.ram_sentinel),
+        ("no disk sentinel of an earlier run", facts.disk_sentinel),
+    ):
+        yield Check(name=name, passed=not found, expected="", found=printable(found, 300))
+
+
+def _no_saved_ram(pid: int | None) -> Check:
+    """The host's word for it: this QEMU maps no RAM file of any baseline."""
+    try:
+        mapped = Path(f"/proc/{pid}/maps").read_text().splitlines()
+        found = [line.split(maxsplit=5)[5] for line in mapped if line.endswith(f"/{RAM}")]
+    except OSError:
+        found = ["no process"]
+    name = "no baseline RAM is mapped"
+    return Check(name=name, passed=not found, expected="", found=printable(" ".join(sorted(set(found))), 300))
