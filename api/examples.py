@@ -88,6 +88,11 @@ EXAMPLES: dict[type[BaseModel], dict[str, Any]] = {
         "cell": "lab",
         "machine": "target-1",
         "proved": True,
+        "standby": True,
+        "direct_because": "",
+        "withheld": [],
+        "answered_s": 0.041,
+        "seconds": 0.093,
         "proof": {
             "machine": "target-1",
             "incarnation": "target-1-0008",

@@ -104,6 +104,11 @@ class ResetView(Frozen):
     cell: Name
     machine: Name
     proved: bool
+    standby: bool = Field(description="A machine that stood by took its place.")
+    direct_because: str = Field(description="Why it was restored while you waited; empty for a standby.")
+    withheld: tuple[str, ...] = Field(description="What was wrong with machines that were replaced.")
+    answered_s: float = Field(ge=0, description="From the request to the guest's first answer, plugged in.")
+    seconds: float = Field(ge=0, description="From the request until its clock was set too.")
     proof: ResetProof
 
 
@@ -247,6 +252,9 @@ class LabService(Protocol):
 
     def reset(self, cell: str, machine: str) -> ResetView:
         """Put one machine back to its baseline and prove it. Raises ``ResetError`` if not proved."""
+
+    def reset_cell(self, cell: str) -> list[ResetView]:
+        """Put all machines of a cell back as a group. Raises ``ResetError`` if one is not proved."""
 
     def exec(self, cell: str, machine: str, argv: list[str], timeout_s: float) -> ExecView:
         """Run a command in a guest; each stream bounded by ``MAX_EXEC_OUTPUT`` bytes."""

@@ -68,6 +68,12 @@ def reset(lab: Lab, cell: CellParameter, machine: MachineParameter) -> ResetView
     return lab.reset(cell, machine)
 
 
+@router.post("/cells/{cell}/reset", responses=answer(ResetView, 404, 409, 503, many=True))
+def reset_cell(lab: Lab, cell: CellParameter) -> list[ResetView]:
+    """Put all machines of a cell back as a group: none is plugged in before every proof holds."""
+    return lab.reset_cell(cell)
+
+
 @router.post(_MACHINE + "/exec", responses=answer(ExecView, 404, 409, 502))
 def run_in_guest(
     lab: Lab,

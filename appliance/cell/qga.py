@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, NamedTuple, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -52,6 +53,10 @@ class _Status(_Strict):
     err_data: _Base64 = Field(default="", alias="err-data")
     out_truncated: bool = Field(default=False, alias="out-truncated")
     err_truncated: bool = Field(default=False, alias="err-truncated")
+
+
+class _Read(_Strict):
+    data: _Base64 = Field(alias="buf-b64")
 
 
 class _Written(_Strict):
@@ -171,21 +176,51 @@ class Qga:
         Raises:
             GuestChannelError: the guest refused, or the file could not be given its mode and owner.
         """
-        handle = self.call("guest-file-open", _HANDLE, {"path": path, "mode": "w"})
-        try:
-            for start in range(0, len(data), _CHUNK):
-                piece = base64.b64encode(data[start : start + _CHUNK]).decode()
-                written = self.call("guest-file-write", _WRITTEN, {"handle": handle, "buf-b64": piece}).count
-                if written != len(data[start : start + _CHUNK]):
-                    raise GuestChannelError(f"{self._machine}: {path} was not written whole; a full disk?")
-        finally:
-            self.call("guest-file-close", _ANYTHING, {"handle": handle})
+        self._put(path, "w", data)
         for argv in (["/bin/chmod", f"{mode:o}", path], ["/bin/chown", owner, path]):
             done = self.exec(argv)
             if done.rc != 0:
                 raise GuestChannelError(
                     f"{self._machine}: {argv[0]} {path}: {printable(done.stderr.decode(errors='replace'))}"
                 )
+
+    def send(self, path: str, data: bytes) -> None:
+        """Write to a named pipe; one that nobody reads takes 64 KiB and does not wedge the agent.
+
+        Raises:
+            GuestChannelError: there is none, or the guest refused.
+        """
+        self._put(path, "r+", data)  # for writing only, the agent would wait in open() for a reader
+
+    def _put(self, path: str, mode: str, data: bytes) -> None:
+        with self._opened(path, mode) as handle:
+            for start in range(0, len(data), _CHUNK):
+                piece = base64.b64encode(data[start : start + _CHUNK]).decode()
+                written = self.call("guest-file-write", _WRITTEN, {"handle": handle, "buf-b64": piece}).count
+                if written != len(data[start : start + _CHUNK]):
+                    raise GuestChannelError(f"{self._machine}: {path} was not written whole; a full disk?")
+
+    def read_file(self, path: str, limit: int) -> bytes:
+        """The first ``limit`` bytes of a file.
+
+        Raises:
+            GuestChannelError: it does not exist, or the guest refused.
+            GuestTamperError: a reply is nothing an honest agent sends.
+        """
+        with self._opened(path, "r") as handle:
+            read = self.call("guest-file-read", _READ, {"handle": handle, "count": limit})
+        try:
+            return base64.b64decode(read.data, validate=True)[:limit]
+        except (binascii.Error, ValueError) as e:
+            raise self._tampered("guest-file-read", "content is not base64") from e
+
+    @contextlib.contextmanager
+    def _opened(self, path: str, mode: str) -> Iterator[int]:
+        handle = self.call("guest-file-open", _HANDLE, {"path": path, "mode": mode})
+        try:
+            yield handle
+        finally:
+            self.call("guest-file-close", _ANYTHING, {"handle": handle})
 
     def freeze_filesystems(self, timeout_s: int = 20) -> int:
         """Flush and freeze all filesystems; returns how many. The journal is empty afterwards."""
@@ -196,8 +231,15 @@ class Qga:
         return self.call("guest-fsfreeze-thaw", _COUNT, timeout_s=timeout_s)
 
     def set_time(self, unix_s: float) -> None:
-        """Set the guest's system clock; a restored guest still has the baseline's time."""
-        self.exec(["/bin/date", "-u", "-s", f"@{unix_s:.3f}"])
+        """Set the guest's system clock; one that was saved or paused still has the time of then.
+
+        Raises:
+            GuestChannelError: the agent is silent, or the clock could not be set.
+        """
+        done = self.exec(["/bin/date", "-u", "-s", f"@{unix_s:.6f}"])
+        if done.rc != 0:
+            said = printable(done.stderr.decode(errors="replace"), 200)
+            raise GuestChannelError(f"{self._machine}: the clock could not be set: {said}")
 
     def _result(self, status: _Status) -> GuestResult:
         rc = status.exitcode if status.exitcode is not None else 128 + (status.signal or 0)
@@ -220,5 +262,6 @@ _ANYTHING: TypeAdapter[object] = TypeAdapter(object)
 _PID: TypeAdapter[_Pid] = TypeAdapter(_Pid)
 _STATUS: TypeAdapter[_Status] = TypeAdapter(_Status)
 _HANDLE: TypeAdapter[int] = TypeAdapter(Annotated[int, Field(strict=True, ge=0, lt=1 << 53)])
+_READ: TypeAdapter[_Read] = TypeAdapter(_Read)
 _WRITTEN: TypeAdapter[_Written] = TypeAdapter(_Written)
 _COUNT: TypeAdapter[int] = TypeAdapter(Annotated[int, Field(strict=True, ge=0, le=64)])

@@ -147,19 +147,37 @@ def snapshot(
         out(f"baseline {clean(view.name)} of {view.machine}: {size}, {view.seconds:.1f} s")
 
 
-def reset(ctx: typer.Context, cell: Cell, machine: Machine, as_json: Json = False) -> None:
-    """Put a machine back to its baseline.
+def reset(
+    ctx: typer.Context,
+    cell: Cell,
+    machine: Annotated[
+        str | None, typer.Argument(help="Its name; without one, all machines of the cell as a group.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Put machines back to their baselines.
 
-    Prints the proof, fact by fact. Exit status 4 if it is not proved.
+    Prints the proof, fact by fact. Exit status 4 if a machine is not proved.
     """
-    view = call(ctx).post(ResetView, f"cells/{cell}/machines/{machine}/reset")
-    rows = [(c.name, c.passed, c.expected, c.found) for c in view.proof.checks]
-    show(as_json, view.model_dump(mode="json"), ("FACT", "HOLDS", "EXPECTED", "FOUND"), rows, "no facts")
+    if machine is None:
+        views = call(ctx).post(list[ResetView], f"cells/{cell}/reset")
+        data: object = [v.model_dump(mode="json") for v in views]
+    else:
+        views = [call(ctx).post(ResetView, f"cells/{cell}/machines/{machine}/reset")]
+        data = views[0].model_dump(mode="json")
+    rows = [(v.machine, c.name, c.passed, c.expected, c.found) for v in views for c in v.proof.checks]
+    show(as_json, data, ("MACHINE", "FACT", "HOLDS", "EXPECTED", "FOUND"), rows, "no facts")
     if not as_json:
-        state = "proved clean" if view.proved else "NOT PROVED, withheld"
-        out(f"{view.machine}: {state} in {view.proof.seconds:.2f} s")
-    if not view.proved:
+        for view in views:
+            out(_reset_line(view))
+    if not all(v.proved for v in views):
         raise typer.Exit(LAB)
+
+
+def _reset_line(view: ResetView) -> str:
+    state = "proved clean" if view.proved else "NOT PROVED, withheld"
+    way = "a machine that stood by" if view.standby else f"restored now ({clean(view.direct_because)})"
+    return f"{view.machine}: {state}; {way}; answered after {view.answered_s:.3f} s, ready after {view.seconds:.3f} s"
 
 
 def run_in_guest(

@@ -9,16 +9,15 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 from appliance.cell.baseline import Baseline
 from appliance.cell.cell import Cell
 from appliance.cell.incarnation import Incarnation
-from appliance.cell.proof import Proof
 from appliance.cell.snapshot import snapshot
 from appliance.config import HostSettings, Library
-from appliance.errors import ConflictError, LabError, NotFoundError
+from appliance.errors import ConflictError, NotFoundError
 from appliance.pipeline import views
 from appliance.pipeline.conduct import Bench
 from appliance.pipeline.fleet import machines_for, require_capacity
@@ -80,18 +79,20 @@ class CellDesk:
         machines, _ = machines_for(self._library.subject("idle"), scenario, self._settings, self._bench.paths)
         require_capacity(machines, self._settings, self._bench.paths.home)
         baselines = self._bench.shelf.ensure(machines, lambda _m, _d, _s: None)
-        cell = Cell(f"c{secrets.token_hex(3)}", self._bench.shop)
+        cell = Cell(f"c{secrets.token_hex(3)}", self._bench.shop, self._bench.standbys)
         with self._lock:
             self._cells[cell.id] = cell
         try:
             # Again: baselines may have taken minutes, and the kill switch condemned the cells it saw.
             self._trials.require_accepting()
+            self._bench.shelf.store.hold(baselines.values(), cell.id)
             cell.open()
             cell.restore_all([baselines[m.name] for m in machines], lambda _p: None)
             cell.plug_all()
         except BaseException:
             self.remove(cell)
             raise
+        self._bench.standbys.keep(baselines.values())
         return self._view(cell)
 
     def close(self, cell: str) -> CellView:
@@ -106,6 +107,7 @@ class CellDesk:
         try:
             cell.close()
         finally:
+            self._bench.shelf.store.release(cell.id)
             with self._lock:
                 self._cells.pop(cell.id, None)
 
@@ -153,25 +155,29 @@ class CellDesk:
             if taken is not None:
                 raise ConflictError(f"there is a baseline {name!r} already", hint="choose another name")
             made = snapshot(self._bench.shop, found, machine, self._baseline_of(incarnation), name)
-            found.replace(made, lambda _p: None)
-            found.plug_all()
+            found.reset([made], lambda _p: None)
             return views.baseline_view(made)
 
     def reset(self, cell: str, machine: str) -> ResetView:
-        """Put one machine back to the baseline it came from, prove it, plug it in again."""
+        """Put one machine back to the baseline it came from, proved, and plug it in."""
         with self._claim(cell, machine) as (found, incarnation):
-            proof: Proof = found.replace(self._baseline_of(incarnation), lambda _p: None)
-            found.plug_all()
-            return ResetView(cell=cell, machine=machine, proved=proof.proved, proof=views.proof_record(proof))
+            return self._reset(found, [incarnation])[0]
+
+    def reset_all(self, cell: str) -> list[ResetView]:
+        """Put all machines of a cell back as a group: none is plugged in before every proof holds."""
+        with ExitStack() as claims:
+            found = self._own(cell)
+            machines = [claims.enter_context(self._claim(cell, name))[1] for name in sorted(found.machines)]
+            return self._reset(found, machines)
+
+    def _reset(self, cell: Cell, machines: Sequence[Incarnation]) -> list[ResetView]:
+        baselines = [self._baseline_of(m) for m in machines]
+        renewals = cell.reset(baselines, lambda _p: None)
+        self._bench.standbys.keep([self._baseline_of(m) for m in cell.machines.values()])
+        return [views.reset_view(cell.id, r) for r in renewals]
 
     def _baseline_of(self, machine: Incarnation) -> Baseline:
-        ram = machine.spec.ram_file
-        found = next((b for b in self._bench.shelf.all() if b.expected.ram_file == ram), None)
-        if found is None:
-            raise LabError(
-                f"the baseline of {machine.name} is gone", hint="close the cell and open a new one"
-            )
-        return found
+        return self._bench.shelf.store.of(machine)
 
     def exec(self, cell: str, machine: str, argv: list[str], timeout_s: float) -> ExecView:
         """Run a command in a guest, by absolute path, through the qga."""

@@ -127,6 +127,10 @@ class Lab:
         """Put one machine back to the baseline it came from, prove it, plug it in again."""
         return self._desk.reset(cell, machine)
 
+    def reset_cell(self, cell: str) -> list[ResetView]:
+        """Put all machines of a cell back as a group."""
+        return self._desk.reset_all(cell)
+
     def exec(self, cell: str, machine: str, argv: list[str], timeout_s: float) -> ExecView:
         """Run a command in a guest, by absolute path, through the qga."""
         return self._desk.exec(cell, machine, argv, timeout_s)

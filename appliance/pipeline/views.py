@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from appliance.build import Image
 from appliance.cell.baseline import Baseline
-from appliance.cell.cell import Cell
+from appliance.cell.cell import Cell, Renewal
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.overlay import used_bytes
 from appliance.cell.proof import Proof
@@ -20,6 +20,7 @@ from appliance.service import (
     ExecView,
     ImageView,
     MachineView,
+    ResetView,
     TrialRequest,
     TrialView,
 )
@@ -63,6 +64,16 @@ def proof_record(proof: Proof) -> ResetProof:
     return ResetProof(
         machine=proof.machine, incarnation=proof.incarnation, baseline=proof.baseline, seconds=proof.seconds,
         checks=tuple(ProofCheck.model_validate(c.model_dump()) for c in proof.checks),
+    )  # fmt: skip
+
+
+def reset_view(cell: str, renewal: Renewal) -> ResetView:
+    """A machine after reset."""
+    return ResetView(
+        cell=cell, machine=renewal.machine.name, proved=renewal.proof.proved,
+        standby=not renewal.direct_because, direct_because=renewal.direct_because,
+        withheld=tuple(p.failures for p in renewal.withheld),
+        answered_s=renewal.answered_s, seconds=renewal.seconds, proof=proof_record(renewal.proof),
     )  # fmt: skip
 
 

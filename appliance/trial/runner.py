@@ -115,12 +115,19 @@ class TrialRun:
         self._cell.open()
         try:
             baselines = [self._s.baselines[m.name] for m in self._plan.machines]
-            self._cell.restore_all(baselines, self._on_proof)
+            renewals = self._cell.restore_all(baselines, self._on_proof)
         finally:
             self._write_proofs()
+        for renewal in renewals:
+            self._journal.write(
+                "in-place", machine=renewal.machine.name, standby=not renewal.direct_because,
+                direct_because=renewal.direct_because, seconds=round(renewal.seconds, 3),
+            )  # fmt: skip
 
     def _on_proof(self, proof: Proof) -> None:
-        self._proofs.append(proof)
+        # A withheld machine was replaced, or the reset failed and the journal says why.
+        if proof.proved:
+            self._proofs.append(proof)
         self._journal.write(
             "proved" if proof.proved else "machine-withheld",
             machine=proof.machine, incarnation=proof.incarnation, seconds=round(proof.seconds, 3),
@@ -299,23 +306,22 @@ class TrialRun:
             return
         name = self._plan.of_role(Role.ORIGIN)[0].name
         try:
-            proof = self._cell.replace(self._s.baselines[name], self._on_proof)
+            fresh = self._cell.restore_all([self._s.baselines[name]], self._on_proof)[0]
         finally:
             self._write_proofs()
-        fresh = self._cell.machine(name)
         answers = []
         for prompt in prompts:
             runs = []
             for _ in range(REFERENCE_RUNS):
                 self._s.stop.check()
-                answer = probe(fresh, "before", prompt, kinds=("model",))
+                answer = probe(fresh.machine, "before", prompt, kinds=("model",))
                 if answer.model is None:
                     raise LabError(f"the pristine origin's model does not answer: {answer.problem}")
                 runs.append(answer.model.logprobs)
             answers.append(ReferenceAnswer(prompt=prompt, runs=tuple(runs)))
-        reference = Reference(machine=name, incarnation=fresh.id, answers=tuple(answers))
+        reference = Reference(machine=name, incarnation=fresh.machine.id, answers=tuple(answers))
         self._s.evidence.write(records.REFERENCE, reference)
-        self._journal.write("reference", prompts=len(answers), seconds=round(proof.seconds, 2))
+        self._journal.write("reference", prompts=len(answers), seconds=round(fresh.seconds, 2))
 
     # -- end ------------------------------------------------------------------------------------------
 

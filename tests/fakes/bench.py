@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from appliance.cell.baseline import Baseline
+from appliance.cell.baseline import RECORD, Baseline, BaselineStore
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.spec import MachineSpec
+from appliance.cell.standby import StandbyPool
 from appliance.evidence.folder import TrialFolder
 from appliance.pipeline import process
 from appliance.pipeline.conduct import Bench
@@ -35,6 +36,7 @@ class FakeShelf:
 
     def __init__(self, made: Host) -> None:
         self._host = made
+        self.store = BaselineStore(made.shop)
         self.before: Callable[[], None] = lambda: None
         self.stopped = 0
 
@@ -42,10 +44,17 @@ class FakeShelf:
         self, machines: Sequence[MachineSpec], report: Callable[[str, str, float], None]
     ) -> dict[str, Baseline]:
         self.before()
-        return {m.name: self._host.baseline(m.name) for m in machines}
+        return {m.name: self._on_disk(m.name) for m in machines}
+
+    def _on_disk(self, name: str) -> Baseline:
+        """A baseline whose record is there, and nothing else of it."""
+        made = self._host.baseline(name)
+        made.folder.mkdir(exist_ok=True)
+        (made.folder / RECORD).write_text(made.model_dump_json())
+        return made
 
     def all(self) -> list[Baseline]:
-        return [self._host.baseline(n) for n in ("origin", "target-1")]
+        return [self._on_disk(n) for n in ("origin", "target-1")]
 
     def cells_in_use(self) -> set[str]:
         return set()
@@ -83,10 +92,12 @@ class Workbench:
         self.shelf = FakeShelf(made)
         self.talk = [event_line(k) for k in TALK]
         self.replicates = True
+        self.no_room = "this host has none"
         self.captures: list[FakeCapture] = []
         self.ports: list[EventPort] = []
         self.bench = Bench(
             made.paths, made.shop, self.shelf, Store(made.paths.database), KEY, 1, self._links,  # type: ignore
+            StandbyPool(made.shop, lambda _machine: self.no_room),
         )  # fmt: skip
         made.on_restore = self._restored
         made.guest("origin").on_agent = lambda _argv: self._start()

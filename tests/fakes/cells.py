@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import struct
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from appliance.cell import cell as cell_module
-from appliance.cell import overlay
-from appliance.cell.baseline import Baseline, Workshop
+from appliance.cell import overlay, standby
+from appliance.cell.baseline import DISK, RAM, Baseline, RamBaseline, Workshop
 from appliance.cell.cell import Cell
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.ledger import Ledger
@@ -25,10 +26,17 @@ from fakes.machine import FakeGuest, FakeLibvirt, FakeNet, leftovers, machine_sp
 def baseline(name: str, folder: Path) -> Baseline:
     """A record of a saved machine; there are no files behind it."""
     expected = Expected(boot_id="b0", nonce="n0", processes=(), chain=(), ram_file=folder / "ram")
-    return Baseline(
+    return RamBaseline(
         key="k" * 64, machine=machine_spec(name), accelerator=Accelerator.TCG, expected=expected, files={},
         created=1.0, seconds=1.0, versions={}, folder=folder,
     )  # fmt: skip
+
+
+def fake_overlay(top: Path, backing: Path) -> None:
+    """The header of a qcow2 layer (version 2) and nothing below it."""
+    name = os.fsencode(backing)
+    header = struct.pack(">4sIQIIQI", b"QFI\xfb", 2, 72, len(name), 16, 1 << 20, 0)
+    top.write_bytes(header.ljust(72, b"\0") + name.ljust(16, b"\0"))
 
 
 class Host:
@@ -46,15 +54,17 @@ class Host:
         self.shop = Workshop(
             self.paths, self.libvirt, self.ledger, Accelerator.TCG, "hotcell"  # type: ignore[arg-type]
         )  # fmt: skip
-        monkeypatch.setattr(overlay, "create_overlay", lambda top, _backing: top.write_bytes(b"QFI\xfb"))
-        monkeypatch.setattr(cell_module, "restore", self._restore)
-        monkeypatch.setattr(cell_module, "prove", self._prove)
+        monkeypatch.setattr(overlay, "create_overlay", fake_overlay)
+        for module in (cell_module, standby):
+            monkeypatch.setattr(module, "restore", self._restore)
+            monkeypatch.setattr(module, "prove", self._prove)
+        monkeypatch.setattr(standby, "is_domain_process", lambda pid, _name: pid == os.getpid())
 
     def _restore(self, shop: Workshop, saved: Baseline, cell: str) -> Incarnation:
         if saved.machine.name in self.broken:
             raise OSError(f"{saved.machine.name} cannot be restored")
         clone = shop.prepare(
-            saved.machine, cell, backing=saved.folder / "disk", ram=saved.folder / "ram", incoming=True
+            saved.machine, cell, backing=saved.path(DISK), ram=saved.path(RAM), incoming=True
         )
         try:
             clone.start()

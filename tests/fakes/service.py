@@ -147,7 +147,14 @@ class FakeLab:
             seconds=0.5,
             checks=(check,),
         )
-        return ResetView(cell=cell, machine=machine, proved=proof.proved, proof=proof)
+        return ResetView(
+            cell=cell, machine=machine, proved=proof.proved, standby=True, direct_because="", withheld=(),
+            answered_s=0.04, seconds=0.09, proof=proof,
+        )  # fmt: skip
+
+    def reset_cell(self, cell: str) -> list[ResetView]:
+        self._enter("reset_cell", cell)
+        return [self.reset(cell, m.name) for m in self.machines() if m.cell == cell]
 
     def exec(self, cell: str, machine: str, argv: list[str], timeout_s: float) -> ExecView:
         self._enter("exec", cell, machine, argv, timeout_s)

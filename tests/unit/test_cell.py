@@ -10,12 +10,12 @@ import pytest
 from fakes.cells import Host, host
 from fakes.machine import is_domain_name
 
-from appliance.cell import incarnation as incarnation_module
 from appliance.cell import netlink, overlay
 from appliance.cell.cell import Cell
-from appliance.cell.incarnation import is_domain_process, kill_domain_process
+from appliance.cell.incarnation import Incarnation
 from appliance.cell.ledger import Kind
 from appliance.cell.libvirt_door import DomainState
+from appliance.cell.processes import is_domain_process, kill_domain_process
 from appliance.cell.proof import Proof
 from appliance.errors import CommandError, LabError, NotFoundError, ResetError
 
@@ -90,7 +90,8 @@ def test_one_machine_without_proof_keeps_all_unplugged(h: Host) -> None:
     cell.open()
     with pytest.raises(ResetError, match="withheld: target-1"):
         cell.restore_all([h.baseline(n) for n in ALL], proofs.append)
-    assert [p.machine for p in proofs] == list(ALL), "every proof is told, also the failed one"
+    told = ["origin", "target-1", "target-1", "world"]
+    assert [p.machine for p in proofs] == told, "every proof is told, also the failed ones"
     assert "target-1" not in cell.machines, "what is not proved is destroyed"
     assert h.net.plugged == {}
     cell.close()
@@ -113,7 +114,7 @@ def test_an_unproved_machine_that_withstands_stays_known(h: Host) -> None:
     cell.open()
     with pytest.raises(ResetError):
         cell.restore_all([h.baseline("origin")], lambda _p: None)
-    assert "origin" in cell.machines
+    assert "origin" not in cell.machines, "what is not proved is nobody's machine"
     h.libvirt.refuse = set()
     cell.close()
     assert h.left == []
@@ -205,26 +206,87 @@ def test_condemning_while_another_thread_plugs_leaves_nothing_plugged(h: Host) -
     assert len(failures) <= 1
 
 
-def test_replacing_a_machine_gives_a_new_incarnation_unplugged(h: Host) -> None:
+def test_a_reset_gives_a_new_incarnation_plugged_and_ends_the_old_one(h: Host) -> None:
     cell = h.cell("origin", "target-1")
     cell.plug_all()
     old = cell.machine("target-1")
-    proof = cell.replace(h.baseline("target-1"), lambda _p: None)
+    done = cell.reset([h.baseline("target-1")], lambda _p: None)[0]
     new = cell.machine("target-1")
-    assert (proof.incarnation, new.plugged) == (new.id, False)
+    assert (done.proof.incarnation, new.plugged) == (new.id, True)
+    assert done.direct_because == "no standbys are kept"
+    assert 0 < done.answered_s <= done.seconds
     assert new.id != old.id
-    assert old.state is DomainState.GONE
-    assert not old.folder.exists()
-    assert len(h.net.plugged) == 1
+    assert not old.plugged
+    assert len(h.net.plugged) == 2
+    cell.close()
+    assert h.left == []
 
 
-def test_an_old_incarnation_that_withstands_is_not_replaced(h: Host) -> None:
+def test_the_old_one_is_cut_before_the_new_one_is_plugged(h: Host) -> None:
     cell = h.cell("origin")
-    h.libvirt.refuse = {"destroy origin"}
+    cell.plug_all()
+    old = cell.machine("origin")
+    h.net.done.clear()
+    cell.reset([h.baseline("origin")], lambda _p: None)
+    done = h.net.done
+    assert done.index(("unplug", old.spec.tap)) < done.index(("plug", cell.machine("origin").spec.tap))
+
+
+def test_a_link_that_is_not_cut_stops_the_reset(h: Host) -> None:
+    cell = h.cell("origin")
+    cell.plug_all()
+    h.net.refuse = {"unplug"}
     old = cell.machine("origin")
     with pytest.raises(LabError):
-        cell.replace(h.baseline("origin"), lambda _p: None)
+        cell.reset([h.baseline("origin")], lambda _p: None)
     assert cell.machine("origin") is old
+    h.net.refuse = set()
+
+
+def test_an_old_incarnation_that_withstands_is_tried_again_at_the_end(h: Host) -> None:
+    cell = h.cell("origin")
+    h.libvirt.refuse = {"destroy origin"}
+    cell.reset([h.baseline("origin")], lambda _p: None)
+    with pytest.raises(LabError):
+        cell.close()
+    h.libvirt.refuse = set()
+    cell.destroy_machines()
+    assert h.left == []
+
+
+def test_a_machine_whose_proof_fails_is_withheld_and_replaced(h: Host) -> None:
+    cell, proofs = h.cell("origin", "target-1"), list[Proof]()
+    cell.plug_all()
+    bad = 1
+
+    def fail_once(clone: Incarnation) -> None:
+        nonlocal bad
+        if clone.name == "target-1":
+            h.unproved = {"target-1"} if bad else set()
+            bad = 0
+
+    h.on_restore = fail_once
+    done = {
+        r.machine.name: r for r in cell.reset([h.baseline(n) for n in ("origin", "target-1")], proofs.append)
+    }
+    assert [len(done[n].withheld) for n in ("origin", "target-1")] == [0, 1]
+    withheld = done["target-1"].withheld[0]
+    assert [p.proved for p in proofs if p.machine == "target-1"] == [False, True]
+    assert withheld.incarnation != cell.machine("target-1").id
+    taps = [m.spec.tap for m in h.restored if m.id == withheld.incarnation]
+    assert not [x for x in h.net.done if x in [("plug", t) for t in taps]], (
+        "the dirty one never was on a segment"
+    )
+
+
+def test_a_group_is_plugged_only_when_all_are_proved(h: Host) -> None:
+    cell = h.cell("origin", "target-1")
+    cell.plug_all()
+    h.unproved = {"target-1"}
+    with pytest.raises(ResetError, match="target-1"):
+        cell.reset([h.baseline(n) for n in ("origin", "target-1")], lambda _p: None)
+    assert h.net.plugged == {}
+    assert not cell.machine("origin").plugged
 
 
 def test_a_machine_by_an_unknown_name_is_told_with_the_known_ones(h: Host) -> None:
@@ -273,4 +335,4 @@ def test_a_pid_that_is_not_the_domains_is_never_killed() -> None:
     assert not kill_domain_process(os.getpid(), "hc-c1-origin-0a1b2c3d")
     assert not kill_domain_process(None, "x")
     assert not kill_domain_process(1 << 22, "x")
-    assert incarnation_module.is_domain_process(1 << 22, "x") is False
+    assert not is_domain_process(1 << 22, "x")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import mmap
 import os
@@ -18,8 +19,18 @@ from hypothesis import strategies as st
 from appliance.cell import netlink, overlay, proof
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.ledger import Ledger
-from appliance.cell.proof import Check, Expected, GuestFacts, Proof, guest_checks, guest_facts, host_checks
-from appliance.errors import GuestTamperError
+from appliance.cell.proof import (
+    Check,
+    Expected,
+    GuestFacts,
+    Proof,
+    ask_waiting,
+    guest_checks,
+    guest_facts,
+    host_checks,
+)
+from appliance.errors import GuestChannelError, GuestTamperError
+from appliance.host.clock import wait_until
 
 EXPECTED = Expected(
     boot_id="b0",
@@ -38,7 +49,7 @@ def failed(**changes: object) -> list[str]:
 
 def test_the_baselines_own_facts_pass() -> None:
     assert failed() == []
-    assert len(list(guest_checks(GuestFacts.model_validate(CLEAN), EXPECTED))) == 5
+    assert len(list(guest_checks(GuestFacts.model_validate(CLEAN), EXPECTED))) == 6
 
 
 @pytest.mark.parametrize(
@@ -55,6 +66,7 @@ def test_the_baselines_own_facts_pass() -> None:
         ({"processes": ["init 1 1", "sshd 40 201"]}, "processes are the baseline's"),  # restarted, same name
         ({"processes": ["init 1 1", "sshd 41 200"]}, "processes are the baseline's"),
         ({"processes": []}, "processes are the baseline's"),
+        ({"reseeded": False}, "the random generator was reseeded"),
     ],
 )
 def test_each_way_to_fake_a_clean_machine_fails_its_check(changes: dict[str, object], check: str) -> None:
@@ -98,6 +110,48 @@ def test_facts_of_another_shape_are_tampering(machine: Incarnation, reply: objec
 
 def test_facts_of_an_honest_guest(machine: Incarnation) -> None:
     assert guest_facts(machine.qga, "i1") == GuestFacts.model_validate(FACTS)
+
+
+def test_the_script_that_waits_in_a_clone_is_asked_once(machine: Incarnation) -> None:
+    assert ask_waiting(machine.qga, "i1") == GuestFacts.model_validate(FACTS)
+    assert machine._libvirt.guests["origin"].facts["ram_sentinel"] == "i1"  # type: ignore[attr-defined]
+
+
+def test_a_clone_in_which_nobody_waits_is_told(machine: Incarnation, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proof, "_ANSWER_S", 0.05)
+    guest = machine._libvirt.guests["origin"]  # type: ignore[attr-defined]
+    guest.guest_file_write = lambda handle, buf_b64: {"count": len(base64.b64decode(buf_b64))}
+    with pytest.raises(GuestChannelError, match="hotcell-answer"):
+        ask_waiting(machine.qga, "i1")
+
+
+def test_an_answer_of_another_shape_is_tampering(machine: Incarnation) -> None:
+    machine._libvirt.guests["origin"].facts = [CLEAN]  # type: ignore[attr-defined]
+    with pytest.raises(GuestTamperError, match="no valid facts"):
+        ask_waiting(machine.qga, "i1")
+
+
+def test_the_script_waits_answers_and_ends(tmp_path: Path) -> None:
+    """The script as it is saved in a baseline, with its pipe here."""
+    script = proof._SCRIPT.replace("time.clock_settime(time.CLOCK_REALTIME, now)", "")
+    script = script.replace('"/run/hotcell-', f'"{tmp_path}/').replace('"/dev/shm/', f'"{tmp_path}/shm-')
+    script = script.replace('"/var/lib/', f'"{tmp_path}/disk-')
+    waiting = subprocess.Popen([sys.executable, "-I", "-", "--wait"], stdin=subprocess.PIPE, text=True)
+    assert waiting.stdin is not None
+    waiting.stdin.write(script)
+    waiting.stdin.close()
+    wait_until(lambda: (tmp_path / "ask").exists(), 20, "the pipe")
+    assert waiting.poll() is None
+    (tmp_path / "ask").write_text(f"i1 1.5 {'00' * 32}\n")
+    assert waiting.wait(20) == 0
+    facts = GuestFacts.model_validate_json((tmp_path / "answer").read_bytes())
+    assert (facts.ram_sentinel, facts.disk_sentinel) == ("", ""), "facts come before the sentinels"
+    assert [(tmp_path / n).read_text() for n in ("shm-hotcell-sentinel", "disk-hotcell-sentinel")] == [
+        "i1"
+    ] * 2
+    assert str(waiting.pid) in [p.split(" ")[1] for p in facts.processes], (
+        "it counts itself, as it was recorded"
+    )
 
 
 def check(passed: bool) -> Check:
@@ -200,7 +254,11 @@ def test_the_facts_script_prints_what_the_schema_takes(tmp_path: Path) -> None:
     bystander = subprocess.Popen(["/bin/sleep", "30"])
     try:
         done = subprocess.run(
-            [sys.executable, "-I", "-", "", "1.5"], input=harmless, capture_output=True, text=True, check=True
+            [sys.executable, "-I", "-", "", "1.5", "00" * 32],
+            input=harmless,
+            capture_output=True,
+            text=True,
+            check=True,
         )
     finally:
         bystander.kill()

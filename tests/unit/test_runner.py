@@ -36,8 +36,8 @@ STATES = (
     TrialState.PROBING, TrialState.COLLECTING,
 )  # fmt: skip
 ORDER = [
-    "resetting", "proved", "proved", "capture-confirmed", "seal-examined", "probe", "preflight", "started",
-    "stopping", "stopped", "probe", "probe", "origin-frozen", "probe", "probe", "probe", "collected", "proved",
+    "resetting", "proved", "proved", "in-place", "in-place", "capture-confirmed", "seal-examined", "probe",
+    "preflight", "started", "stopping", "stopped", "probe", "probe", "origin-frozen", "probe", "probe", "probe", "collected", "proved",
     "reference",
 ]  # fmt: skip
 
@@ -66,7 +66,7 @@ def test_a_run_that_replicates(s: Stage) -> None:
     s.run()
     assert tuple(s.states) == STATES
     assert [e for e in s.events if e != "probe"] == [e for e in ORDER if e != "probe"]
-    assert s.events[:11] == ORDER[:11]
+    assert s.events[:13] == ORDER[:13]
     assert [p.phase for p in probes(s)][:3] == ["before", "origin-live", "origin-frozen"]
     assert all(p.model and p.agent for p in probes(s)[1:])
     assert (s.evidence.capture.finished, s.evidence.capture.abandoned) == (1, 0)

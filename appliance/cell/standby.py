@@ -1,0 +1,227 @@
+"""Machines that stand by: restored, run, proved and paused ahead of need, so that a reset only swaps.
+
+A standby has its own overlay, tap and sockets from the start, under the cell id ``standby``, whose segment
+nothing is ever plugged into. A cell that takes one has the ledger's rows change hands; the addresses and the
+MAC are the machine's own, so two incarnations never meet on a segment: one of them is always unplugged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from appliance.cell.baseline import Baseline, Workshop, check_files, prove, restore
+from appliance.cell.incarnation import Incarnation
+from appliance.cell.libvirt_door import DomainState
+from appliance.cell.processes import is_domain_process
+from appliance.cell.proof import Proof
+from appliance.cell.segment import Segment
+from appliance.cell.spec import MachineSpec
+from appliance.errors import HotcellError, ResetError
+
+STANDBY = "standby"
+_CLOSE_S = 60.0
+Room = Callable[[MachineSpec], str]
+
+
+class Standby(NamedTuple):
+    """A paused, unplugged machine with the proof it was held against before it was paused."""
+
+    machine: Incarnation
+    baseline: Baseline
+    proof: Proof
+
+
+class StandbyPool:
+    """Keeps one standby of each wanted baseline, made in a thread of its own. Safe from several threads.
+
+    ``room`` says why there is no room for one more machine now, or "" if there is.
+    """
+
+    def __init__(self, shop: Workshop, room: Room = lambda _machine: "") -> None:
+        self._shop = shop
+        self._room = room
+        self._segment = Segment(STANDBY, shop.ledger)
+        self._open = False
+        self._closed = False
+        self._wanted: dict[str, Baseline] = {}
+        self._ready: dict[str, Standby] = {}
+        self._missing_because: dict[str, str] = {}
+        self._generation = 0
+        self._changed = threading.Condition()
+        self._worker: threading.Thread | None = None
+
+    @property
+    def in_use(self) -> set[str]:
+        """The cell id that its things are written down under, while there may be any."""
+        return {STANDBY} if self._open else set()
+
+    def ready(self) -> dict[str, Incarnation]:
+        """What stands by now, by baseline id."""
+        with self._changed:
+            return {k: s.machine for k, s in self._ready.items()}
+
+    def missing(self) -> dict[str, str]:
+        """Wanted baselines of which none stands by, with the reason ("" while it is being made)."""
+        with self._changed:
+            return {k: self._missing_because.get(k, "") for k in self._wanted if k not in self._ready}
+
+    def keep(self, baselines: Iterable[Baseline]) -> None:
+        """Have one standby of each of these from now on, and of nothing else; what could not be is tried again."""
+        with self._changed:
+            if self._closed:
+                return
+            self._wanted = {b.id: b for b in baselines}
+            self._missing_because.clear()
+            surplus = [k for k in self._ready if k not in self._wanted]
+            dropped = [self._ready.pop(k) for k in surplus]
+            if self._wanted and self._worker is None:
+                self._worker = threading.Thread(target=self._work, name="standbys", daemon=True)
+                self._worker.start()
+            self._changed.notify_all()
+        _destroy(dropped)
+
+    def take(self, baseline: Baseline, cell: str) -> tuple[Standby | None, str]:
+        """Hand the standby of this baseline over to a cell, still paused and unplugged; or None and why not.
+
+        Another one is made in the background, if it is still wanted.
+        """
+        with self._changed:
+            found = self._ready.pop(baseline.id, None)
+            why = self._missing_because.get(baseline.id) or (
+                "the next one is still being made" if baseline.id in self._wanted else "none is kept"
+            )
+            self._changed.notify_all()
+        if found is None:
+            return None, why
+        try:
+            _require_unchanged(found, baseline)
+            found.machine.move_to(cell)
+        except HotcellError as e:
+            _destroy([found])
+            return None, f"withheld: {e.message}"
+        return found, ""
+
+    def wait_ready(self, limit_s: float) -> bool:
+        """Wait until everything that is wanted stands by; False if it does not in time or cannot."""
+        deadline = time.monotonic() + limit_s
+        with self._changed:
+            while any(k not in self._ready for k in self._wanted):
+                left = deadline - time.monotonic()
+                if left <= 0 or (all(k in self._ready or k in self._missing_because for k in self._wanted)):
+                    return False
+                self._changed.wait(left)
+        return True
+
+    def drop_all(self) -> int:
+        """Destroy every standby and want none; returns how many there were."""
+        with self._changed:
+            self._wanted.clear()
+            self._generation += 1
+            dropped = list(self._ready.values())
+            self._ready.clear()
+        _destroy(dropped)
+        return len(dropped)
+
+    def close(self) -> None:
+        """Destroy every standby and the segment; nothing of the pool is left."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            worker = self._worker
+        self.drop_all()
+        if worker is not None:
+            worker.join(_CLOSE_S)
+        if self._open:
+            self._segment.close()
+            self._open = False
+        with contextlib.suppress(OSError):  # none was made, or one withstood and the sweep takes it
+            (self._shop.paths.cells / STANDBY).rmdir()
+
+    # -- making ---------------------------------------------------------------------------------------
+
+    def _next(self) -> Baseline | None:
+        for key, baseline in self._wanted.items():
+            if key not in self._ready and key not in self._missing_because:
+                return baseline
+        return None
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._next() is not None)
+                if self._closed:
+                    return
+                baseline, generation = self._next(), self._generation
+            if baseline is not None:
+                self._add(baseline, generation)
+
+    def _add(self, baseline: Baseline, generation: int) -> None:
+        why, made = self._room(baseline.machine), None
+        if not why:
+            try:
+                made = self._make(baseline)
+            except Exception as e:  # noqa: BLE001 - without a standby a reset is slower, and says why
+                why = e.message if isinstance(e, HotcellError) else f"{type(e).__name__}: {e}"
+        with self._changed:
+            current = generation == self._generation and self._wanted.get(baseline.id) == baseline
+            if made is not None and current:
+                self._ready[baseline.id], made = made, None
+            elif why:
+                self._missing_because[baseline.id] = why
+            self._changed.notify_all()
+        if made is not None:
+            _destroy([made])
+
+    def _make(self, baseline: Baseline) -> Standby:
+        if not self._open:
+            self._open = True
+            self._segment.open()
+        began = time.monotonic()
+        machine = restore(self._shop, baseline, STANDBY)
+        try:
+            standby = Standby(machine, baseline, prove(machine, baseline, began))
+            _require_proved(standby)
+            machine.pause()
+        except BaseException:
+            with contextlib.suppress(HotcellError):  # what is left is in the ledger
+                machine.destroy()
+            raise
+        return standby
+
+
+def _require_proved(standby: Standby) -> None:
+    if not standby.proof.proved:
+        raise ResetError(f"a standby of {standby.baseline.id} was withheld: {standby.proof.failures}")
+
+
+def _require_unchanged(standby: Standby, baseline: Baseline) -> None:
+    """A paused machine cannot change itself; make sure that nobody else changed or replaced it meanwhile.
+
+    Raises:
+        ResetError: it is not what was proved.
+    """
+    machine = standby.machine
+    check_files(baseline)
+    problems = [
+        *(["the baseline was made anew"] if standby.baseline != baseline else []),
+        *(["it is not paused"] if machine.state is not DomainState.PAUSED else []),
+        *(["it was plugged in"] if machine.plugged else []),
+        *(["its process is another"] if not is_domain_process(machine.pid or 0, machine.domain) else []),
+    ]
+    try:
+        if machine.spec.overlay.stat().st_ino != machine.overlay_inode:
+            problems.append("its overlay is another file")
+    except OSError as e:
+        problems.append(f"its overlay: {e.strerror}")
+    if problems:
+        raise ResetError(f"the standby of {baseline.id}: " + ", ".join(problems))
+
+
+def _destroy(standbys: Iterable[Standby]) -> None:
+    for standby in standbys:
+        with contextlib.suppress(HotcellError):  # what is left is in the ledger, and the sweep takes it
+            standby.machine.destroy()

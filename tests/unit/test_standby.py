@@ -1,0 +1,252 @@
+"""Standbys are proved before they wait, handed over whole, and never keep a reset from being honest."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+from fakes.cells import Host, host
+
+from appliance.cell import standby as standby_module
+from appliance.cell.cell import Cell
+from appliance.cell.incarnation import Incarnation
+from appliance.cell.ledger import Kind
+from appliance.cell.libvirt_door import DomainState
+from appliance.cell.standby import STANDBY, StandbyPool
+from appliance.errors import LabError, ResetError
+
+WAIT_S = 10
+
+
+@pytest.fixture
+def h(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    with host(monkeypatch) as made:
+        monkeypatch.setattr(standby_module, "check_files", lambda _baseline: None)
+        yield made
+
+
+@pytest.fixture
+def pool(h: Host) -> Iterator[StandbyPool]:
+    made = StandbyPool(h.shop)
+    yield made
+    made.close()
+    assert made.in_use == set()
+    assert [t for t in h.ledger.things() if t.owner == STANDBY] == []
+
+
+def cell(h: Host, pool: StandbyPool, *names: str) -> Cell:
+    made = Cell("c1", h.shop, pool)
+    made.open()
+    made.restore_all([h.baseline(n) for n in names], lambda _p: None)
+    made.plug_all()
+    return made
+
+
+def test_what_stands_by_is_proved_paused_unplugged_and_written_down(h: Host, pool: StandbyPool) -> None:
+    pool.keep([h.baseline("origin"), h.baseline("target-1")])
+    assert pool.wait_ready(WAIT_S)
+    machines = list(pool.ready().values())
+    assert [m.state for m in machines] == [DomainState.PAUSED] * 2
+    assert h.net.plugged == {}
+    for kind, names in (
+        (Kind.DOMAIN, {m.domain for m in machines}),
+        (Kind.TAP, {m.spec.tap for m in machines}),
+        (Kind.FOLDER, {str(m.folder) for m in machines}),
+    ):
+        assert {t.name for t in h.ledger.things(kind, STANDBY)} == names
+
+
+def test_a_reset_takes_it_and_the_next_one_is_made(h: Host, pool: StandbyPool) -> None:
+    c = cell(h, pool, "origin")
+    pool.keep([h.baseline("origin")])
+    assert pool.wait_ready(WAIT_S)
+    waiting = pool.ready()[h.baseline("origin").id]
+    done = c.reset([h.baseline("origin")], lambda _p: None)[0]
+    assert (done.machine, done.direct_because) == (waiting, "")
+    assert done.proof.incarnation == waiting.id
+    assert c.machine("origin") is waiting
+    assert (waiting.state, waiting.plugged, waiting.cell) == (DomainState.RUNNING, True, "c1")
+    assert h.net.plugged == {waiting.spec.tap: c.bridge}, "its own cell's segment, and it alone"
+    assert {t.owner for t in h.ledger.things() if t.name in (waiting.domain, waiting.spec.tap)} == {"c1"}
+    assert pool.wait_ready(WAIT_S)
+    assert pool.ready()[h.baseline("origin").id] is not waiting
+    c.close()
+    pool.close()
+    assert h.left == []
+
+
+def test_a_trial_starts_from_standbys_unplugged(h: Host, pool: StandbyPool) -> None:
+    pool.keep([h.baseline("origin")])
+    assert pool.wait_ready(WAIT_S)
+    c = Cell("c2", h.shop, pool)
+    c.open()
+    done = c.restore_all([h.baseline("origin")], lambda _p: None)[0]
+    assert done.direct_because == ""
+    assert done.machine.state is DomainState.RUNNING
+    assert h.net.plugged == {}
+    c.close()
+
+
+@pytest.mark.parametrize("why", ["no room: 12 MiB are free", ""])
+def test_without_one_the_reset_is_direct_and_says_why(h: Host, why: str) -> None:
+    pool = StandbyPool(h.shop, lambda _machine: why)
+    c = cell(h, pool, "origin")
+    if why:
+        pool.keep([h.baseline("origin")])
+        assert not pool.wait_ready(WAIT_S)
+        assert pool.missing() == {h.baseline("origin").id: why}
+    done = c.reset([h.baseline("origin")], lambda _p: None)[0]
+    assert done.direct_because == (why or "none is kept")
+    assert done.proof.proved
+    c.close()
+    pool.close()
+    assert h.left == []
+
+
+def test_one_that_is_not_proved_never_stands_by(h: Host, pool: StandbyPool) -> None:
+    h.unproved = {"origin"}
+    pool.keep([h.baseline("origin")])
+    assert not pool.wait_ready(WAIT_S)
+    assert "withheld" in pool.missing()[h.baseline("origin").id]
+    assert pool.ready() == {}
+    h.unproved = set()
+    pool.keep([h.baseline("origin")])
+    assert pool.wait_ready(WAIT_S), "asking again tries again"
+
+
+def _resumed(m: Incarnation) -> None:
+    m.resume()
+
+
+def _gone(m: Incarnation) -> None:
+    m._libvirt.destroy(m.domain)
+
+
+def _exchanged(m: Incarnation) -> None:
+    m.spec.overlay.rename(m.spec.overlay.with_name("aside"))
+    m.spec.overlay.write_bytes(b"QFI\xfbanother")
+
+
+def _lost(m: Incarnation) -> None:
+    m.spec.overlay.unlink()
+
+
+def _plugged(m: Incarnation) -> None:
+    m.plug()
+
+
+def _another_process(m: Incarnation) -> None:
+    m.pid = 1
+
+
+@pytest.mark.parametrize("change", [_resumed, _gone, _exchanged, _lost, _plugged, _another_process])
+def test_one_that_changed_while_it_waited_is_withheld(
+    h: Host, pool: StandbyPool, change: Callable[[Incarnation], None]
+) -> None:
+    c = cell(h, pool, "origin")
+    pool.keep([h.baseline("origin")])
+    assert pool.wait_ready(WAIT_S)
+    bad = pool.ready()[h.baseline("origin").id]
+    change(bad)
+    done = c.reset([h.baseline("origin")], lambda _p: None)[0]
+    assert done.machine is not bad
+    assert "withheld" in done.direct_because
+    assert done.proof.proved
+    assert bad.spec.tap not in h.net.plugged
+    c.close()
+
+
+def test_a_changed_baseline_file_is_noticed_before_its_standby_is_used(
+    h: Host, pool: StandbyPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    c = cell(h, pool, "origin")
+    pool.keep([h.baseline("origin")])
+    assert pool.wait_ready(WAIT_S)
+
+    def changed(_baseline: object) -> None:
+        raise ResetError("ram is not what was saved")
+
+    monkeypatch.setattr(standby_module, "check_files", changed)
+    done = c.reset([h.baseline("origin")], lambda _p: None)[0]
+    assert done.direct_because == "withheld: ram is not what was saved"
+    c.close()
+
+
+def test_one_of_a_baseline_made_anew_is_not_taken(h: Host, pool: StandbyPool) -> None:
+    pool.keep([h.baseline("origin")])
+    assert pool.wait_ready(WAIT_S)
+    anew = h.baseline("origin").model_copy(update={"created": 2.0})
+    found, why = pool.take(anew, "c1")
+    assert (found, why) == (None, f"withheld: the standby of {anew.id}: the baseline was made anew")
+
+
+def test_what_is_not_wanted_any_more_goes(h: Host, pool: StandbyPool) -> None:
+    pool.keep([h.baseline("origin"), h.baseline("target-1")])
+    assert pool.wait_ready(WAIT_S)
+    pool.keep([h.baseline("target-1")])
+    assert [m.name for m in pool.ready().values()] == ["target-1"]
+    assert pool.drop_all() == 1
+    assert h.libvirt.domains == {}
+    assert pool.take(h.baseline("target-1"), "c1") == (None, "none is kept")
+
+
+def test_dropping_while_one_is_made_leaves_none(h: Host, pool: StandbyPool) -> None:
+    begun, go = threading.Event(), threading.Event()
+
+    def slow(_clone: Incarnation) -> None:
+        begun.set()
+        assert go.wait(WAIT_S)
+
+    h.on_restore = slow
+    pool.keep([h.baseline("origin")])
+    assert begun.wait(WAIT_S)
+    pool.drop_all()
+    go.set()
+    pool.close()
+    assert pool.ready() == {}
+    assert h.left == []
+
+
+def test_two_resets_never_get_the_same_one(h: Host, pool: StandbyPool) -> None:
+    pool.keep([h.baseline("origin")])
+    assert pool.wait_ready(WAIT_S)
+    start, taken = threading.Barrier(4), list[Incarnation | None]()
+
+    def take(n: int) -> None:
+        start.wait()
+        found, _ = pool.take(h.baseline("origin"), f"c{n}")
+        if found is not None:
+            taken.append(found.machine)
+
+    threads = [threading.Thread(target=take, args=(n,)) for n in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(taken) == len({m.id for m in taken if m})
+    for machine in taken:
+        assert machine is not None
+        machine.destroy()
+
+
+def test_a_ledger_without_its_rows_keeps_it_from_being_handed_over(h: Host, pool: StandbyPool) -> None:
+    pool.keep([h.baseline("origin")])
+    assert pool.wait_ready(WAIT_S)
+    machine = pool.ready()[h.baseline("origin").id]
+    h.ledger.strike(Kind.TAP, machine.spec.tap)
+    found, why = pool.take(h.baseline("origin"), "c1")
+    assert found is None
+    assert "the ledger has no tap" in why
+    assert h.ledger.things(owner="c1") == [], "all rows change hands, or none"
+
+
+def test_a_standby_that_does_not_wake_is_an_error(h: Host, pool: StandbyPool) -> None:
+    c = cell(h, pool, "origin")
+    pool.keep([h.baseline("origin")])
+    assert pool.wait_ready(WAIT_S)
+    h.libvirt.refuse = {"resume origin"}
+    with pytest.raises(LabError, match="resume"):
+        c.reset([h.baseline("origin")], lambda _p: None)
+    h.libvirt.refuse = set()
+    c.close()
