@@ -6,7 +6,6 @@ What conventional ways of resetting work on, to be compared with under equal con
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
-from pathlib import Path
 
 from appliance.cell import netlink
 from appliance.cell.baseline import Workshop
@@ -49,5 +48,5 @@ class Ordinary(Incarnation):
 
 def prepare_ordinary(shop: Workshop, machine: MachineSpec, cell: str) -> Ordinary:
     """A machine on a fresh overlay of its image, not started."""
-    made = shop.prepare(machine, cell, backing=machine.image.disk, ram=Path("/nonexistent"), incoming=False)
+    made = shop.prepare(machine, cell, backing=machine.image.disk, ram=None, incoming=False)
     return Ordinary(made.spec, cell, made.id, shop.libvirt, shop.ledger)
