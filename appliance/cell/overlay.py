@@ -40,6 +40,13 @@ def backing_chain(overlay: Path) -> tuple[Path, ...]:
         raise LabError(f"qemu-img info of {overlay} is not a chain of layers: {e}") from e
 
 
+def relink(layer: Path, backing: Path) -> None:
+    """Have a layer name another file as the one below it, which need not be there yet; content stays."""
+    command.run(
+        ["qemu-img", "rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", backing, layer], timeout=_LIMIT_S
+    )
+
+
 def freeze(layer: Path) -> None:
     """Make a layer read-only: from now on it is a baseline's."""
     layer.chmod(0o400)

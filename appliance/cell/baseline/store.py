@@ -6,6 +6,7 @@ import secrets
 import shutil
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from appliance.cell.baseline.places import MARK
@@ -128,18 +129,15 @@ class BaselineStore:
             NotFoundError: it is gone already.
             ConflictError: something depends on it; the message names what.
         """
-        with self._lock:
-            if not baseline.folder.exists():
-                raise NotFoundError(f"the baseline {baseline.id} was deleted", hint="there is nothing to do")
-            self._refuse(baseline)
-            trash, owner = self._hide(baseline)
-        memory = baseline.memory if isinstance(baseline, RamBaseline) else None
-        for place in (trash, memory):
-            if place is not None:
-                if place.exists():
-                    shutil.rmtree(place)
-                self._shop.ledger.strike(Kind.FOLDER, str(place))
-        self._owners.discard(owner)
+        with self.owner("delete") as owner:
+            with self._lock:
+                trash = self._hide(baseline, owner)
+            memory = baseline.memory if isinstance(baseline, RamBaseline) else None
+            for place in (trash, memory):
+                if place is not None:
+                    if place.exists():
+                        shutil.rmtree(place)
+                    self._shop.ledger.strike(Kind.FOLDER, str(place))
 
     def _refuse(self, baseline: Baseline) -> None:
         found = self.dependants(baseline)
@@ -150,12 +148,12 @@ class BaselineStore:
                 dependants=", ".join(found),
             )
 
-    def _hide(self, baseline: Baseline) -> tuple[Path, str]:
+    def _hide(self, baseline: Baseline, owner: str) -> Path:
         """Rename it away; from then on no machine can be made of it."""
-        number = secrets.token_hex(4)
-        trash, owner = baseline.folder.with_name(f".{baseline.folder.name}-{number}"), f"delete-{number}"
-        ledger = self._shop.ledger
-        self._owners.add(owner)  # a sweep meanwhile does not take it for a stray
+        if not baseline.folder.exists():
+            raise NotFoundError(f"the baseline {baseline.id} was deleted", hint="there is nothing to do")
+        self._refuse(baseline)
+        trash, ledger = baseline.folder.with_name(f".{baseline.folder.name}-{owner}"), self._shop.ledger
         ledger.enter(Kind.FOLDER, str(trash), owner)
         baseline.folder.rename(trash)
         try:
@@ -163,14 +161,23 @@ class BaselineStore:
         except ConflictError:
             trash.rename(baseline.folder)
             ledger.strike(Kind.FOLDER, str(trash))
-            self._owners.discard(owner)
             raise
         if isinstance(baseline, RamBaseline) and baseline.memory is not None:
             ledger.enter(Kind.FOLDER, str(baseline.memory), owner)
-        return trash, owner
+        return trash
+
+    @contextmanager
+    def owner(self, what: str) -> Iterator[str]:
+        """A name to write things down under while something is done; a sweep meanwhile leaves them alone."""
+        name = f"{what}-{secrets.token_hex(4)}"
+        self._owners.add(name)
+        try:
+            yield name
+        finally:
+            self._owners.discard(name)
 
     def owners_in_use(self) -> set[str]:
-        """Owners, in the ledger, of what is being deleted now."""
+        """Owners, in the ledger, of what is being deleted, exported or imported now."""
         return set(self._owners)
 
     def drop_lost_memory(self) -> list[Path]:
