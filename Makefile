@@ -1,6 +1,6 @@
 # Every target sets up what it needs first. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check unit build serve bench sweep
+.PHONY: help setup demo test check unit build serve bench torture sweep
 HOTCELL := .venv/bin/hotcell
 
 help: ## list the targets
@@ -29,6 +29,9 @@ serve: setup ## run the control plane on 127.0.0.1 until Ctrl-C
 
 bench: setup ## figures: ways to reset, a trial's overhead, 500 resets in a row (root, about an hour under TCG)
 	@.venv/bin/python -m bench.reset && .venv/bin/python -m bench.overhead && .venv/bin/python -m bench.soak
+
+torture: setup ## 200 seeded crashes of a real server, its machines and its disk (root, hours under TCG)
+	@.venv/bin/python -m tests.torture $(TORTURE)
 
 sweep: setup ## find and remove whatever a killed run left on the host
 	@$(HOTCELL) sweep --yes
