@@ -197,6 +197,19 @@ def write_bytes(path: Path, content: bytes, mode: int = 0o600) -> None:
         raise _failure("written", path, e) from e
 
 
+def drop_parts(folder: Path) -> None:
+    """Remove what a process that was killed while it wrote a record left beside it: that is no evidence.
+
+    Raises:
+        EvidenceError: one cannot be removed.
+    """
+    for part in folder.glob(".*.part"):
+        try:
+            part.unlink()
+        except OSError as e:
+            raise _failure("tidied", part, e) from e
+
+
 def _line(record: BaseModel) -> bytes:
     return _json(record.model_dump(mode="json")).encode() + b"\n"
 

@@ -106,9 +106,9 @@ class Campaign:
                 self.rig.stop()
             self.rig.clock.unlink(missing_ok=True)
             if self.disk is not None:
-                self.disk.empty()
                 if self.disk.read_only:
                     self.disk.repair()
+                self.disk.empty()
             self.rig.forget("snap-*")
         self.rig.up()
         return faults

@@ -57,14 +57,19 @@ class LoopDisk:
         self._filler.unlink(missing_ok=True)
 
     def break_it(self) -> None:
-        """Have the kernel find an error in this file system: from then on it is read-only."""
+        """Have the kernel find an error here: nothing can be written then, and what was not synced is lost."""
         name = Path(self.device).name
         Path(f"/sys/fs/ext4/{name}/trigger_fs_error").write_text("a campaign breaks its own disk")
 
     @property
     def read_only(self) -> bool:
-        """Whether nothing can be written any more."""
-        return bool(os.statvfs(self.folder).f_flag & os.ST_RDONLY)
+        """Whether nothing can be written any more. (The mount's flags do not tell it.)"""
+        try:
+            (self.folder / "probe").touch()
+        except OSError:
+            return True
+        (self.folder / "probe").unlink()
+        return False
 
     def repair(self) -> None:
         """Check and mount again. Nobody may use it."""

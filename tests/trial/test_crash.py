@@ -1,102 +1,86 @@
-"""Pulling the plug on a real server in the middle of a trial: cut at once, void afterwards, nothing left.
+"""Pulling the plug on a real server: cut at once, void afterwards, nothing left. And a few points of the campaign.
 
-This module runs before the others of its tier: once this process has opened libvirt on a home, no server can.
+This module runs before the others of its tier, and asks a server for everything: once this process has opened
+libvirt on a home, no server can.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from appliance.config import load_host_settings
+from appliance.cell import processes
 from appliance.host.clock import wait_until
 from appliance.host.paths import Paths
 from appliance.model import TrialState
-from appliance.pipeline import open_lab
+from tests.torture.campaign import Campaign, table
+from tests.torture.points import Point, campaign
+from tests.torture.rig import Rig
 
 pytestmark = [pytest.mark.trial, pytest.mark.timeout(1800)]
+# One of each that a shared home can bear, at what is quick to bring about; the long campaign has the rest.
+KINDS = ("server", "server-and-warden", "warden", "qemu", "tcpdump", "qga")
+QUICK = ("restart", "open", "reset", "trial", "seal")
 
 
-def hotcell(paths: Paths, *args: str) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "appliance.cli",
-        "--home",
-        str(paths.home),
-        "--cache",
-        str(paths.cache),
-        *args,
-    ]
-
-
-def qemu_of(paths: Paths) -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            argv = (entry / "cmdline").read_bytes() if entry.name.isdecimal() else b""
-        except OSError:
-            continue
-        if argv.startswith(b"/usr/bin/qemu-system") and os.fsencode(paths.home) in argv:
-            found.append(int(entry.name))
-    return found
-
-
-def test_kill_9_of_the_server_in_the_middle_of_a_trial(home: Paths) -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "HOTCELL_HOST_NETNS"}
-    with (home.home / "crash.log").open("wb") as log:
-        server = subprocess.Popen(
-            hotcell(home, "serve", "--port", "0"), stdout=log, stderr=log, env=environment
-        )
-        client = None
-        try:
-            wait_until(home.server_file.exists, 60, "the server to serve")
-            client = subprocess.Popen(
-                hotcell(home, "run", "idle", "--no-serve", "--limit", "wall_s=240"),
-                stdout=log, stderr=log, env=environment,
-            )  # fmt: skip
-            wait_until(lambda: started(home), 900, "the subject to run")
-            assert len(qemu_of(home)) == 2
-            os.kill(server.pid, signal.SIGKILL)
-            server.wait()
-            wait_until(lambda: not qemu_of(home), 20, "the warden to stop the machines")
-            wait_until(lambda: not captures_of(home), 10, "the capture to end with its server")
-            assert client.wait(60) not in (0, None)
-        finally:
-            for process in (server, client):
-                if process is not None and process.poll() is None:
-                    process.kill()
-                    process.wait()
-    last = json.loads(home.warden_log.read_text().splitlines()[-1])
-    assert last["reason"] == "the control process is gone"
-    assert last["links_cut"] == 2
-
-    lab = open_lab(home, load_host_settings())
-    try:
-        newest = lab.trials(state=None, subject=None, limit=1, offset=0).items[0]
-        assert newest.state is TrialState.VOID
-        assert "control process" in newest.reason
-        assert newest.bundle is not None
-        assert lab.sweep(dry_run=True).strays == ()
-    finally:
-        lab.close()
-
-
-def captures_of(paths: Paths) -> list[str]:
-    lines = []
-    for entry in Path("/proc").iterdir():
-        try:
-            lines.append((entry / "cmdline").read_bytes() if entry.name.isdecimal() else b"")
-        except OSError:
-            continue
-    return [repr(x) for x in lines if b"tcpdump" in x and os.fsencode(paths.home) in x]
+@pytest.fixture(scope="module")
+def rig(home: Paths, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    made = Rig(home, tmp_path_factory.mktemp("torture") / "server.log")
+    yield made
+    made.stop()
 
 
 def started(paths: Paths) -> bool:
     return any('"event": "started"' in p.read_text() for p in paths.open_trials.glob("*/journal.jsonl"))
+
+
+def test_kill_9_of_the_server_in_the_middle_of_a_trial(rig: Rig, home: Paths) -> None:
+    rig.up()
+    with rig.log.open("ab") as log:
+        client = subprocess.Popen(
+            [*rig.argv(), "run", "idle", "--no-serve", "--limit", "wall_s=240"], stdout=log, stderr=log
+        )
+    try:
+        wait_until(lambda: started(home), 900, "the subject to run")
+        trial = next(home.open_trials.iterdir()).name
+        mine = [q for q in rig.qemus() if any(f"guest=hc-{trial}".encode() in a for a in q.argv)]
+        assert len(mine) == 2
+        rig.kill()
+        wait_until(lambda: not rig.qemus(), 20, "the warden to stop the machines")
+        wait_until(lambda: not processes.captures_below(home.home), 10, "the capture to end with its server")
+        assert client.wait(60) not in (0, None)
+    finally:
+        if client.poll() is None:
+            client.kill()
+            client.wait()
+    last = json.loads(home.warden_log.read_text().splitlines()[-1])
+    assert last["reason"] == "the control process is gone"
+    assert last["links_cut"] >= 2
+    rig.up()
+    with rig.client() as asking:
+        newest = rig.trials(asking)[trial]
+        assert newest.state is TrialState.VOID
+        assert "control process" in newest.reason
+        assert newest.bundle is not None
+        assert Path(newest.bundle).is_dir()
+        assert rig.sweep(asking) == []
+
+
+def points() -> list[Point]:
+    drawn = [p for p in campaign(20261121, 200, KINDS) if p.action in QUICK]
+    return [next(p for p in drawn if p.kind == kind) for kind in KINDS]
+
+
+def test_a_few_points_of_the_campaign(rig: Rig) -> None:
+    run = Campaign(rig, disk=None)
+    assert run.prepare() == []
+    results = [run.run(point) for point in points()]
+    told = "\n".join(r.line for r in results)
+    assert not [r for r in results if r.faults], f"{told}\n{rig.tail()}"
+    assert sum(bool(r.struck) for r in results) >= len(results) - 1, f"too few found anybody:\n{told}"
+    assert table(results)
+    assert run.finish() == []

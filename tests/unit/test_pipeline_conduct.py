@@ -211,6 +211,18 @@ def test_an_open_trial_is_sealed_as_void(w: Workbench, torn: bytes) -> None:
     assert recover(w.bench) == {}
 
 
+def test_half_written_records_are_no_evidence(w: Workbench) -> None:
+    plan = crashed(w)
+    folder = w.host.paths.open_trials / plan.id
+    (folder / f".{records.PROOFS}.4711.140.part").write_bytes(b'{"half')
+    (folder / "kept.part").write_bytes(b"whatever this is, it is not ours to drop")
+    assert recover(w.bench) == {plan.id: ""}
+    check_bundle(w, plan, TrialState.VOID)
+    sealed = {p.name for p in (w.host.paths.bundles / plan.id).iterdir()}
+    assert "kept.part" in sealed
+    assert not [n for n in sealed if n.startswith(".")]
+
+
 def test_one_broken_trial_does_not_keep_the_others_open(w: Workbench) -> None:
     broken, fine = crashed(w), crashed(w)
     path = w.host.paths.open_trials / broken.id / records.JOURNAL
