@@ -129,3 +129,21 @@ def test_what_cannot_be_written_down_is_an_error_of_ours(path: Path) -> None:
     ):
         with pytest.raises(HotcellError):
             call()
+
+
+def test_rows_of_trials_of_an_older_version_are_gone_once_it_is_opened(path: Path) -> None:
+    Ledger(path).enter(Kind.TAP, "a", "c1")
+    with sqlite3.connect(path) as db:
+        db.execute("INSERT INTO things (kind, name, owner, made) VALUES ('trial', 't1', 't1', 1.0)")
+    db.close()
+    assert names(Ledger(path)) == ["a"]
+
+
+def test_a_kind_that_a_newer_version_wrote_is_told_and_not_guessed(path: Path) -> None:
+    ledger = Ledger(path)
+    with sqlite3.connect(path) as db:
+        db.execute("INSERT INTO things (kind, name, owner, made) VALUES ('gadget', 'g', 'c1', 1.0)")
+    db.close()
+    with pytest.raises(LabError, match="gadget") as e:
+        ledger.things()
+    assert "newer version" in e.value.hint
