@@ -58,6 +58,7 @@ class Campaign:
 
     def prepare(self) -> list[str]:
         """Make the baselines that all points share, and see that the laboratory works before it is struck."""
+        self.rig.forget("snap-*")
         self.rig.up()
         return checks.works(self.rig, with_trial=False)
 
