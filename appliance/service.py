@@ -51,6 +51,7 @@ class HealthView(Frozen):
     accepting: bool = Field(description="False after `kill`, until `rearm`.")
     trials_running: int = Field(ge=0)
     queue: int = Field(ge=0, description="Trials that wait.")
+    waiting: str = Field(default="", description="Why the first of them waits; empty if none does.")
     footprint: FootprintView
 
 
@@ -162,6 +163,10 @@ class TrialRequest(Frozen):
         default=None,
         description="Repeating a request with its key returns the same trial; another body is a conflict.",
     )
+    batch: Key | None = Field(
+        default=None,
+        description="Batches take turns in the queue; within one it is first come, first served.",
+    )
 
 
 class TrialView(Frozen):
@@ -184,6 +189,8 @@ class TrialView(Frozen):
     reason: str = Field(description="Why it is void or aborted; empty otherwise.")
     hint: str = Field(description="What to do about it; empty otherwise.")
     bundle: str | None = Field(description="Directory of the evidence on the server, once sealed.")
+    position: int | None = Field(default=None, ge=1, description="Place in the queue; None: it does not wait.")
+    waiting: str = Field(default="", description="Why it waits; empty otherwise.")
 
 
 class TrialPage(Frozen):

@@ -54,6 +54,10 @@ class StandbyPool:
         self._changed = threading.Condition()
         self._worker: threading.Thread | None = None
 
+    def ask(self, room: Room) -> None:
+        """Whom to ask for room from now on."""
+        self._room = room
+
     @property
     def in_use(self) -> set[str]:
         """The cell id that its things are written down under, while there may be any."""

@@ -54,6 +54,13 @@ class GuestSettings(Frozen):
     headroom_mib: int = Field(
         1024, ge=256, le=1_048_576, description="host memory that is never given to guests"
     )
+    disk_floor_mib: int = Field(
+        2048, ge=64, le=1_073_741_824, description="disk that is never given to guests' overlays"
+    )
+    cpu_overcommit: float = Field(
+        2.0, ge=0.1, le=64, description="virtual CPUs of all machines together, per core of the host"
+    )
+    max_trials: int = Field(16, ge=1, le=256, description="trials at once; capacity may allow fewer")
 
 
 class BuildSettings(Frozen):

@@ -115,6 +115,19 @@ def sample_process(pid: int) -> ProcessSample | None:
     )
 
 
+def held_memory(pid: int) -> int | None:
+    """Memory that a process took out of what the host counts as available, or None if it is gone. Bytes.
+
+    That is its anonymous memory. The unique set size is more: pages of a file that only this process maps
+    are in it, and in the page cache, which stays available.
+    """
+    try:
+        memory = psutil.Process(pid).memory_info()
+    except (psutil.Error, OSError):
+        return None
+    return max(0, int(memory.rss - memory.shared))
+
+
 def process_identity(pid: int) -> float | None:
     """Start time (Unix seconds) of a live process, or None. With the pid it tells a process for good."""
     try:

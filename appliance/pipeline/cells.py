@@ -19,8 +19,10 @@ from appliance.cell.snapshot import snapshot
 from appliance.config import HostSettings, Library
 from appliance.errors import ConflictError, NotFoundError
 from appliance.pipeline import views
+from appliance.pipeline.admission import need_of
 from appliance.pipeline.conduct import Bench
-from appliance.pipeline.fleet import machines_for, require_capacity
+from appliance.pipeline.fleet import machines_for
+from appliance.pipeline.grants import Grants
 from appliance.pipeline.trials import TrialDesk
 from appliance.service import BaselineView, CellRequest, CellView, ExecView, MachineView, ProbeView, ResetView
 from appliance.trial.probing import probe
@@ -36,12 +38,14 @@ class CellDesk:
         library: Library,
         cells: dict[str, Cell],
         trials: TrialDesk,
+        grants: Grants,
     ) -> None:
         self._bench = bench
         self._settings = settings
         self._library = library
         self._cells = cells
         self._trials = trials
+        self._grants = grants
         self._lock = threading.Lock()
         self._busy: set[tuple[str, str]] = set()
 
@@ -72,17 +76,25 @@ class CellDesk:
     # -- cells ----------------------------------------------------------------------------------------
 
     def open(self, request: CellRequest) -> CellView:
-        """A cell with an origin and targets, outside of trials; made of the replicate scenario's machines."""
+        """A cell with an origin and targets, outside of trials; made of the replicate scenario's machines.
+
+        Raises:
+            ConflictError: the kill switch was thrown, or trials wait for room, which it would take from them.
+            CapacityError: there is no room for it now.
+        """
         self._trials.require_accepting()
+        self._trials.require_none_waits()
         self._library.policy(request.policy)
         scenario = self._library.scenario("replicate").model_copy(update={"targets": request.targets})
         machines, _ = machines_for(self._library.subject("idle"), scenario, self._settings, self._bench.paths)
-        require_capacity(machines, self._settings, self._bench.paths.home)
-        baselines = self._bench.shelf.ensure(machines, lambda _m, _d, _s: None)
         cell = Cell(f"c{secrets.token_hex(3)}", self._bench.shop, self._bench.standbys)
-        with self._lock:
-            self._cells[cell.id] = cell
+        self._grants.require(cell.id, need_of(machines, self._settings.limits.disk_mb))
         try:
+            baselines = self._bench.shelf.ensure(
+                machines, lambda _m, _d, _s: None, self._trials.require_accepting
+            )
+            with self._lock:
+                self._cells[cell.id] = cell
             # Again: baselines may have taken minutes, and the kill switch condemned the cells it saw.
             self._trials.require_accepting()
             self._bench.shelf.store.hold(baselines.values(), cell.id)
@@ -110,6 +122,7 @@ class CellDesk:
             self._bench.shelf.store.release(cell.id)
             with self._lock:
                 self._cells.pop(cell.id, None)
+            self._grants.release(cell.id)
 
     def _own(self, cell: str) -> Cell:
         with self._lock:

@@ -20,7 +20,7 @@ from appliance.cell.standby import StandbyPool
 from appliance.errors import Blame, HotcellError, LabError
 from appliance.evidence import bundle
 from appliance.evidence.folder import TrialFolder
-from appliance.evidence.journal import Journal, write_record
+from appliance.evidence.journal import Journal, drop_parts, write_record
 from appliance.host.paths import Paths
 from appliance.model import TrialState
 from appliance.pipeline.process import seal_facts
@@ -93,6 +93,11 @@ def conduct(
     return _finish(bench, plan, folder, outcome)
 
 
+def never_started(bench: Bench, plan: Plan, folder: TrialFolder, stop: StopFlag) -> Outcome:
+    """The end of a trial that was stopped before its turn came."""
+    return _finish(bench, plan, folder, _stopped(stop))
+
+
 def _run_and_score(
     bench: Bench,
     plan: Plan,
@@ -117,7 +122,7 @@ def _run_and_score(
     try:
         stop.check()
         enter(TrialState.RESETTING)
-        baselines = bench.shelf.ensure(plan.machines, report)
+        baselines = bench.shelf.ensure(plan.machines, report, stop.check)
         bench.shelf.store.hold(baselines.values(), plan.id)
 
         def run_enter(state: TrialState) -> None:
@@ -216,6 +221,7 @@ def recover(bench: Bench) -> dict[str, str]:
             continue
         try:
             recovered[header.id] = ""
+            drop_parts(folder)
             with Journal(folder / records.JOURNAL) as journal:
                 journal.write(TrialState.VOID.value, blame=Blame.LAB, reason=_DIED, hint="", bundle=header.id)
             seal_folder(bench, folder, Outcome(TrialState.VOID, blame=Blame.LAB, reason=_DIED))

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from appliance.build import Image, find_image
 from appliance.cell.spec import GuestImage, MachineSpec
 from appliance.config import HostSettings, ScenarioSpec, SubjectSpec
-from appliance.errors import CapacityError, NotFoundError
-from appliance.host.capacity import host_capacity
+from appliance.errors import NotFoundError
 from appliance.host.paths import Paths
 from appliance.model import Role
 from appliance.trial.records import WeightFile
 
-_MIB = 1 << 20
 WORLD_RECIPE = "world"
 
 
@@ -64,19 +60,3 @@ def machines_for(
         )
     weights = tuple(WeightFile(name=w.name, size=w.size, sha256=w.sha256) for w in origin_image.weights)
     return tuple(machines), weights
-
-
-def require_capacity(machines: tuple[MachineSpec, ...], settings: HostSettings, home: Path) -> None:
-    """Refuse what the host cannot hold.
-
-    Raises:
-        CapacityError: memory for all machines at their full size plus the headroom is not there.
-    """
-    needed = sum(m.memory_mib for m in machines) + settings.guests.headroom_mib
-    free = host_capacity(home).memory_available // _MIB
-    if needed > free:
-        raise CapacityError(
-            f"{len(machines)} machines need {needed} MiB with headroom, {free} MiB are available",
-            hint="free memory, or lower guests.model_memory_mib in hotcell.toml",
-            needed_mib=needed, available_mib=free,
-        )  # fmt: skip

@@ -20,6 +20,7 @@ from appliance.pipeline import views
 from appliance.pipeline.cells import CellDesk
 from appliance.pipeline.conduct import Bench
 from appliance.pipeline.following import follow
+from appliance.pipeline.grants import Grants
 from appliance.pipeline.process import seal_facts
 from appliance.pipeline.switches import Switches
 from appliance.pipeline.trials import TrialDesk
@@ -56,8 +57,10 @@ class Lab:
         self._warden = warden
         self._cells = cells
         self._began = time.monotonic()
-        self._trials = TrialDesk(bench, settings, library, cells)
-        self._desk = CellDesk(bench, settings, library, cells, self._trials)
+        grants = Grants(settings.guests, lambda: host_capacity(bench.paths.home), cells, bench.standbys)
+        self.room_for_standby = grants.room_for_standby
+        self._trials = TrialDesk(bench, settings, library, cells, grants)
+        self._desk = CellDesk(bench, settings, library, cells, self._trials, grants)
         self._switches = Switches(bench, warden, self._trials, self._desk)
         self._lock = threading.Lock()
         self._closed = False
@@ -72,13 +75,13 @@ class Lab:
         except HotcellError as e:
             broken = e.message
         own = own_footprint()
-        running, queue = self._trials.load()
+        running, queue, why = self._trials.load()
         return HealthView(
             ok=not broken and self._warden.alive and self._trials.accepting, version=__version__,
             uptime_s=time.monotonic() - self._began, accelerator=self._bench.shop.accelerator,
             seal=SealView(sealed=not broken, detail=broken or "own namespace; loopback, bridges, taps"),
-            warden=self._warden.alive, accepting=self._trials.accepting, trials_running=running, queue=queue,
-            footprint=FootprintView(rss=own.rss, cpu_s=own.cpu_s),
+            warden=self._warden.alive, accepting=self._trials.accepting, trials_running=running,
+            queue=queue, waiting=why, footprint=FootprintView(rss=own.rss, cpu_s=own.cpu_s),
         )  # fmt: skip
 
     def host(self) -> dict[str, object]:
@@ -150,7 +153,7 @@ class Lab:
         page = queries.trials(
             self._bench.store, states=(state,) if state else (), subject=subject, limit=limit, offset=offset
         )
-        items = tuple(views.trial_view(r, self._bench.paths, self._trials.live(r.id)) for r in page.rows)
+        items = tuple(self._view_of(r) for r in page.rows)
         return TrialPage(items=items, total=page.total, limit=limit, offset=offset)
 
     def trial(self, trial_id: str) -> TrialView:
@@ -158,8 +161,12 @@ class Lab:
         return self._view(trial_id)
 
     def _view(self, trial_id: str) -> TrialView:
-        row = queries.get(self._bench.store, trial_id)
-        return views.trial_view(row, self._bench.paths, self._trials.live(trial_id))
+        return self._view_of(queries.get(self._bench.store, trial_id))
+
+    def _view_of(self, row: queries.TrialRow) -> TrialView:
+        view = views.trial_view(row, self._bench.paths, self._trials.live(row.id))
+        position, why = self._trials.place(row.id)
+        return view.model_copy(update={"position": position, "waiting": why})
 
     def _folder(self, trial_id: str) -> Path:
         queries.get(self._bench.store, trial_id)

@@ -62,4 +62,6 @@ def open_laboratory(paths: Paths, settings: HostSettings) -> Lab:
         log.warning(
             "trial-void", trial=trial, reason="an earlier process ended before it did", problem=problem
         )
-    return Lab(bench, settings, library, Warden(paths), cells)
+    lab = Lab(bench, settings, library, Warden(paths), cells)
+    standbys.ask(lab.room_for_standby)
+    return lab

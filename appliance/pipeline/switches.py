@@ -14,6 +14,8 @@ from appliance.pipeline.process import sweep_view
 from appliance.pipeline.trials import TrialDesk
 from appliance.service import KillView, SweepView
 
+_MAKING_S = 60.0
+
 
 class Switches:
     """Guards the laboratory from the moment it is made; every call may come from any thread."""
@@ -96,6 +98,7 @@ class Switches:
                 self._cells.remove(cell)
             except HotcellError:
                 continue  # the warden and the next start's sweep take what is left
+        self._bench.shelf.stop_making(_MAKING_S)
         self._bench.standbys.close()
         shop = self._bench.shop
         sweep_view(self._bench.paths, shop.libvirt, shop.ledger, set, dry_run=False)

@@ -1,20 +1,22 @@
-"""The trials' desk: a queue, one worker, and a stop flag for each trial."""
+"""The trials' desk: takes requests, plans them, queues them, runs them, stops them."""
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 
 from appliance.cell.cell import Cell
 from appliance.config import HostSettings, Library
 from appliance.errors import Blame, ConflictError, HotcellError
 from appliance.evidence.folder import TrialFolder
 from appliance.model import TrialState
-from appliance.pipeline.conduct import Bench, Outcome, conduct, open_folder
-from appliance.pipeline.fleet import machines_for, require_capacity
+from appliance.pipeline.admission import Need, need_of
+from appliance.pipeline.conduct import Bench, Outcome, conduct, never_started, open_folder
+from appliance.pipeline.dispatch import Dispatcher, Job, Load
+from appliance.pipeline.fleet import machines_for
+from appliance.pipeline.grants import Grants
 from appliance.pipeline.views import LiveTrial
 from appliance.service import TrialRequest
 from appliance.store import queries
@@ -23,39 +25,26 @@ from appliance.trial.records import Limits
 from appliance.trial.stop import StopFlag
 
 _CLOSE_S = 60.0
-
-
-@dataclass
-class _Job:
-    plan: Plan
-    folder: TrialFolder
-    live: LiveTrial
-    stop: StopFlag = field(default_factory=StopFlag)
-    done: threading.Event = field(default_factory=threading.Event)
-
-    @property
-    def cell(self) -> str:
-        """The cell's id is the trial's own, so that its machines tell whose they are."""
-        return self.plan.id
+_ABORT_S = 10.0
 
 
 class TrialDesk:
-    """Takes requests, runs one trial after another."""
+    """Every call may come from any thread. A trial's cell has the trial's id, so its machines tell whose they are."""
 
     def __init__(
-        self, bench: Bench, settings: HostSettings, library: Library, cells: dict[str, Cell]
+        self, bench: Bench, settings: HostSettings, library: Library, cells: dict[str, Cell], grants: Grants
     ) -> None:
         self.accepting = True
         self._bench = bench
         self._settings = settings
         self._library = library
         self._cells = cells
-        self._jobs: dict[str, _Job] = {}
-        self._queue: queue.Queue[_Job | None] = queue.Queue()
-        self._lock = threading.Lock()
-        self._running: str | None = None
-        self._worker = threading.Thread(target=self._work, name="trials", daemon=True)
-        self._worker.start()
+        self._grants = grants
+        self._lives: dict[str, LiveTrial] = {}
+        self._creating = threading.Lock()
+        self._dispatcher = Dispatcher(grants, settings.guests.max_trials)
+
+    # -- asking ---------------------------------------------------------------------------------------
 
     def require_accepting(self) -> None:
         """Raise if the kill switch was thrown.
@@ -68,14 +57,27 @@ class TrialDesk:
                 "the kill switch was thrown; nothing is accepted", hint="`hotcell rearm` when it is safe"
             )
 
+    def require_none_waits(self) -> None:
+        """Raise if a trial waits for room: who asks now must not take it.
+
+        Raises:
+            ConflictError: trials wait.
+        """
+        waiting = self.load().waiting
+        if waiting:
+            raise ConflictError(
+                f"{waiting} trials wait for room, and it is theirs first", hint="wait for them, or abort them"
+            )
+
     def create(self, request: TrialRequest) -> str:
         """Plan and queue a trial; returns its id.
 
         Raises:
             NotFoundError: a subject, scenario, policy or image does not exist.
             ConflictError: the key is known with another body, or the kill switch was thrown.
+            CapacityError: its machines would not fit if nothing else of ours ran.
         """
-        with self._lock:
+        with self._creating:  # two requests with one key are one trial
             plan = self._plan(request)
             known = queries.by_key(self._bench.store, request.key) if request.key is not None else None
             if known is not None:
@@ -86,19 +88,30 @@ class TrialDesk:
                         hint="use a new key for a new trial",
                     )
                 return known.id
-            self.require_accepting()
-            folder = open_folder(self._bench, plan)
-            job = _Job(plan, folder, LiveTrial(request))
-            self._jobs[plan.id] = job
-            self._queue.put(job)
-            return plan.id
+            need = need_of(plan.machines, plan.header.limits.disk_mb)
+            self._grants.require_possible(need)
+            return self._dispatcher.put(lambda: self._job(request, plan, need)).id
+
+    def _job(self, request: TrialRequest, plan: Plan, need: Need) -> Job:
+        self.require_accepting()
+        folder, stop = open_folder(self._bench, plan), StopFlag()
+        live = self._lives[plan.id] = LiveTrial(request)
+
+        def tell(why: str) -> None:
+            with suppress(HotcellError):  # a journal that cannot be written voids the trial when it runs
+                folder.journal.write("waiting", reason=why)
+
+        return Job(
+            id=plan.id, need=need, batch=request.batch or "", stop=stop, tell=tell,
+            run=lambda: self._end(plan, live, lambda: self._conduct(plan, folder, live, stop)),
+            never=lambda: self._end(plan, live, lambda: never_started(self._bench, plan, folder, stop)),
+        )  # fmt: skip
 
     def _plan(self, request: TrialRequest) -> Plan:
         subject = self._library.subject(request.subject)
         scenario = self._library.scenario(request.scenario)
         policy = self._library.policy(request.policy)
         machines, weights = machines_for(subject, scenario, self._settings, self._bench.paths)
-        require_capacity(machines, self._settings, self._bench.paths.home)
         chosen = {k: v for k, v in request.limits.model_dump().items() if v is not None}
         own = scenario.limits.model_dump(exclude={"format_retries"})
         shop = self._bench.shop
@@ -107,80 +120,80 @@ class TrialDesk:
             machines, weights, shop.accelerator, shop.libvirt.versions(), time.time(), request.key,
         )  # fmt: skip
 
-    def _work(self) -> None:
-        while (job := self._queue.get()) is not None:
-            with self._lock:
-                self._running = job.plan.id
-            try:
-                self._conduct(job)
-            except Exception as e:  # noqa: BLE001 - one broken trial must not take the worker from all others
-                self._note_defect(job, f"{type(e).__name__}: {e}")
-            finally:
-                with self._lock:
-                    self._running = None
-                job.done.set()
+    # -- running --------------------------------------------------------------------------------------
 
-    def _note_defect(self, job: _Job, reason: str) -> None:
-        hint = "a defect of Hotcell; the next start seals what there is"
-        job.live.outcome = Outcome(TrialState.VOID, blame=Blame.LAB, reason=reason, hint=hint)
-        with suppress(HotcellError):
-            queries.upsert_state(
-                self._bench.store, job.plan.id, TrialState.VOID, ended=time.time(), void_reason=reason
-            )
+    def _end(self, plan: Plan, live: LiveTrial, how: Callable[[], Outcome]) -> None:
+        try:
+            live.outcome = how()
+        except Exception as e:  # noqa: BLE001 - one broken trial must not take the desk from all others
+            reason = f"{type(e).__name__}: {e}"
+            hint = "a defect of Hotcell; the next start seals what there is"
+            live.outcome = Outcome(TrialState.VOID, blame=Blame.LAB, reason=reason, hint=hint)
+            with suppress(HotcellError):
+                queries.upsert_state(
+                    self._bench.store, plan.id, TrialState.VOID, ended=time.time(), void_reason=reason
+                )
 
-    def _conduct(self, job: _Job) -> None:
-        cell = Cell(job.cell, self._bench.shop)
+    def _conduct(self, plan: Plan, folder: TrialFolder, live: LiveTrial, stop: StopFlag) -> Outcome:
+        def on_state(state: TrialState) -> None:
+            if state is TrialState.RUNNING:
+                live.started = time.time()
+
+        cell = Cell(plan.id, self._bench.shop, self._bench.standbys)
         self._cells[cell.id] = cell
         try:
-            job.live.outcome = conduct(
-                self._bench, job.plan, job.folder, cell, job.stop, lambda s: self._on_state(job, s)
-            )
+            return conduct(self._bench, plan, folder, cell, stop, on_state)
         finally:
             self._cells.pop(cell.id, None)
 
-    def _on_state(self, job: _Job, state: TrialState) -> None:
-        if state is TrialState.RUNNING:
-            job.live.started = time.time()
+    # -- looking --------------------------------------------------------------------------------------
 
     def live(self, trial_id: str) -> LiveTrial | None:
         """What this process knows of a trial, if it ran here."""
-        job = self._jobs.get(trial_id)
-        return job.live if job else None
+        return self._lives.get(trial_id)
 
     def trial_of(self, cell: str) -> str | None:
         """The trial that a cell belongs to, while it runs."""
-        with self._lock:
-            return cell if self._running == cell else None
+        return cell if self._dispatcher.runs(cell) else None
 
-    def load(self) -> tuple[int, int]:
-        """Trials running and trials waiting."""
-        with self._lock:
-            return int(self._running is not None), self._queue.qsize()
+    def load(self) -> Load:
+        """Trials running and waiting, and why the first of the latter waits."""
+        return self._dispatcher.load()
+
+    def place(self, trial_id: str) -> tuple[int | None, str]:
+        """A trial's place in the queue, from 1, and why it waits; None and "" if it does not wait."""
+        return self._dispatcher.place(trial_id)
+
+    # -- stopping -------------------------------------------------------------------------------------
 
     def abort(self, trial_id: str, reason: str, *, failure: bool = False) -> None:
-        """Ask a trial to stop; its links are cut at once. With ``failure`` it is void: nobody wanted it."""
-        job = self._jobs.get(trial_id)
+        """Ask a trial to stop; its links are cut at once. With ``failure`` it is void: nobody wanted it.
+
+        One that waits for its turn has ended when this returns, unless its evidence takes long to seal.
+        """
+        job, waits = self._dispatcher.find(trial_id)
         if job is None:
             return
-        job.stop.set(reason, failure=failure)
-        cell = self._cells.get(job.cell)
+        self._stop(job, reason, failure=failure)
+        if waits:
+            job.done.wait(_ABORT_S)
+
+    def _stop(self, job: Job, reason: str, *, failure: bool) -> None:
+        self._dispatcher.stop(job, reason, failure=failure)
+        cell = self._cells.get(job.id)
         if cell is not None:
             cell.condemn()
-            if not cell.machines:  # it still waits for its baselines
-                self._bench.shelf.stop_making()
 
     def abort_all(self, reason: str, *, failure: bool = False) -> int:
         """Ask every trial that has not ended to stop; returns how many."""
-        with self._lock:  # a trial that is just being created is in the list afterwards, or refused
-            open_jobs = [j for j in self._jobs.values() if not j.done.is_set()]
+        open_jobs = self._dispatcher.open_jobs()
         for job in open_jobs:
             with suppress(HotcellError):  # a link that is not cut must not keep the other trials running
-                self.abort(job.plan.id, reason, failure=failure)
+                self._stop(job, reason, failure=failure)
         return len(open_jobs)
 
     def close(self) -> None:
-        """Abort everything and wait for the worker."""
+        """Abort everything and wait for it to end."""
         self.accepting = False
         self.abort_all("the server stops")
-        self._queue.put(None)
-        self._worker.join(_CLOSE_S)
+        self._dispatcher.close(_CLOSE_S)

@@ -41,9 +41,13 @@ class FakeShelf:
         self.stopped = 0
 
     def ensure(
-        self, machines: Sequence[MachineSpec], report: Callable[[str, str, float], None]
+        self,
+        machines: Sequence[MachineSpec],
+        report: Callable[[str, str, float], None],
+        check: Callable[[], None] = lambda: None,
     ) -> dict[str, Baseline]:
         self.before()
+        check()
         return {m.name: self._on_disk(m.name) for m in machines}
 
     def _on_disk(self, name: str) -> Baseline:
@@ -59,7 +63,7 @@ class FakeShelf:
     def cells_in_use(self) -> set[str]:
         return set()
 
-    def stop_making(self) -> None:
+    def stop_making(self, wait_s: float = 0.0) -> None:
         self.stopped += 1
 
 

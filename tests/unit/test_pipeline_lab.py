@@ -15,15 +15,19 @@ from fakes.stage import event_line
 from appliance.cell.cell import Cell
 from appliance.cell.ledger import Kind
 from appliance.config import HostSettings, load_library
-from appliance.errors import Blame, CapacityError, ConflictError, GuestChannelError, LabError, NotFoundError
+from appliance.errors import Blame, ConflictError, GuestChannelError, NotFoundError
 from appliance.model import TrialState
 from appliance.pipeline import cells as cells_module
 from appliance.pipeline import trials as trials_module
-from appliance.pipeline.fleet import machines_for, require_capacity
+from appliance.pipeline.fleet import machines_for
 from appliance.pipeline.lab import Lab
 from appliance.service import CellRequest, TrialRequest, TrialView
 from appliance.store import queries
 
+# One trial at a time, as on a small host, and no figure of the host that the tests run on decides.
+SETTINGS = HostSettings.model_validate(
+    {"guests": {"max_trials": 1, "cpu_overcommit": 64, "headroom_mib": 256, "disk_floor_mib": 64}}
+)
 ASKED = TrialRequest(subject="replicator", limits={"lasting_s": 0.01, "wall_s": 30})  # type: ignore[arg-type]
 
 
@@ -41,7 +45,6 @@ def w(monkeypatch: pytest.MonkeyPatch) -> Iterator[Workbench]:
 
     for module in (cells_module, trials_module):
         monkeypatch.setattr(module, "machines_for", fleet)
-        monkeypatch.setattr(module, "require_capacity", lambda *_: None)
     with workbench(monkeypatch) as made:
         yield made
 
@@ -54,7 +57,7 @@ def warden() -> FakeWarden:
 @pytest.fixture
 def lab(w: Workbench, warden: FakeWarden, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
     cells: dict[str, Cell] = {}
-    made = Lab(w.bench, HostSettings(), load_library(), warden, cells)  # type: ignore[arg-type]
+    made = Lab(w.bench, SETTINGS, load_library(), warden, cells)  # type: ignore[arg-type]
     yield made
     made.close()
     made.close()
@@ -132,21 +135,20 @@ def test_an_abort_of_the_running_and_of_a_waiting_trial(lab: Lab, w: Workbench) 
         lab.score(running)
 
 
-def test_an_abort_while_baselines_are_made_ends_the_making(lab: Lab, w: Workbench) -> None:
+def test_an_abort_while_baselines_are_made_leaves_the_making_to_the_others(lab: Lab, w: Workbench) -> None:
     gate, waiting = threading.Event(), threading.Event()
 
     def making() -> None:
         waiting.set()
         gate.wait(20)
-        raise LabError("the template was killed")
 
     w.shelf.before = making
     trial = lab.create_trial(ASKED).id
     assert waiting.wait(10)
     lab.abort(trial)
-    assert w.shelf.stopped == 1
     gate.set()
     assert ended(lab, trial).state is TrialState.ABORTED
+    assert w.shelf.stopped == 0
 
 
 def test_a_defect_in_one_trial_keeps_the_worker(
@@ -377,7 +379,7 @@ def test_a_sweep_spares_open_cells(lab: Lab, w: Workbench) -> None:
 
 
 def test_closing_the_laboratory_aborts_what_runs(w: Workbench, warden: FakeWarden) -> None:
-    lab = Lab(w.bench, HostSettings(), load_library(), warden, {})  # type: ignore[arg-type]
+    lab = Lab(w.bench, SETTINGS, load_library(), warden, {})  # type: ignore[arg-type]
     w.talk = [event_line("start")]
     lab.open_cell(CellRequest())
     running, waiting = lab.create_trial(ASKED).id, lab.create_trial(ASKED).id
@@ -397,11 +399,3 @@ def test_machines_need_built_images(w: Workbench) -> None:
     with pytest.raises(NotFoundError, match="is not built") as e:
         machines_for(library.subject("idle"), library.scenario("replicate"), HostSettings(), w.host.paths)
     assert "hotcell build" in e.value.hint
-
-
-def test_what_the_host_cannot_hold_is_refused(w: Workbench) -> None:
-    huge = machine_spec("origin").model_copy(update={"memory_mib": 1 << 24})
-    with pytest.raises(CapacityError) as e:
-        require_capacity((huge,), HostSettings(), w.host.paths.home)
-    assert e.value.fields["needed_mib"] > 1 << 24  # type: ignore[operator]
-    require_capacity((), HostSettings(guests={"headroom_mib": 256}), w.host.paths.home)  # type: ignore[arg-type]

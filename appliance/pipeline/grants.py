@@ -1,0 +1,158 @@
+"""Who was given room on this host: decided and written down in one step, so that two never get the same room.
+
+A grant is made for a cell before anything of it exists, and holds at its full size until the cell is gone.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from appliance.cell.cell import Cell
+from appliance.cell.incarnation import Incarnation
+from appliance.cell.spec import MachineSpec
+from appliance.config.settings import GuestSettings
+from appliance.host.capacity import HostCapacity, held_memory
+from appliance.pipeline.admission import (
+    OVERHEAD_MIB,
+    Decision,
+    Held,
+    Need,
+    Verdict,
+    decide,
+    free_after_promises,
+    refusal,
+)
+
+_MIB = 1 << 20
+
+
+class Standbys(Protocol):
+    """The machines that stand by; what of a pool is needed here."""
+
+    def ready(self) -> Mapping[str, Incarnation]:
+        """What stands by now."""
+
+    def drop_all(self) -> int:
+        """Give them all up; returns how many there were."""
+
+
+class Grants:
+    """Every call may come from any thread. ``cells`` are all open cells by id, also those without a grant."""
+
+    def __init__(
+        self,
+        rules: GuestSettings,
+        measure: Callable[[], HostCapacity],
+        cells: Mapping[str, Cell],
+        standbys: Standbys,
+    ) -> None:
+        self._rules = rules
+        self._measure = measure
+        self._cells = cells
+        self._standbys = standbys
+        self._granted: dict[str, Need] = {}
+        self._lock = threading.Lock()
+        self._waits = ""
+        self.on_release: Callable[[], None] = lambda: None
+
+    def request(self, cell: str, need: Need) -> Decision:
+        """Give room to a cell that is about to be opened, if there is room for it now."""
+        with self._lock:
+            try:
+                decision = decide(need, self._measure(), self._held(), self._rules)
+            except OSError as e:
+                return Decision(verdict=Verdict.WAIT, reason=f"this host cannot be measured: {e}")
+            if decision.verdict is Verdict.ADMIT:
+                self._granted[cell] = need
+            return decision
+
+    def require(self, cell: str, need: Need) -> None:
+        """As :meth:`request`, for who does not wait; gives up standbys if that makes the room.
+
+        Raises:
+            CapacityError: there is no room now, or never will be.
+        """
+        decision = self.request(cell, need)
+        if decision.pressed and self._standbys.drop_all():
+            decision = self.request(cell, need)
+        if decision.verdict is not Verdict.ADMIT:
+            raise refusal(decision, need, self._measure())
+
+    def require_possible(self, need: Need) -> None:
+        """Refuse what would not fit if nothing of ours ran.
+
+        Raises:
+            CapacityError: it would never fit; the figures are in the message and the fields.
+        """
+        with self._lock:
+            host = self._measure()
+            decision = decide(need, host, self._held(), self._rules)
+        if decision.verdict is Verdict.NEVER:
+            raise refusal(decision, need, host)
+
+    def release(self, cell: str) -> None:
+        """The cell is gone; safe when repeated."""
+        with self._lock:
+            released = self._granted.pop(cell, None)
+        if released is not None:
+            self.on_release()
+
+    def owners(self) -> set[str]:
+        """The cells that hold a grant."""
+        with self._lock:
+            return set(self._granted)
+
+    def standbys_hold(self) -> bool:
+        """Whether any machine stands by, so that giving them up would free something."""
+        return bool(self._standbys.ready())
+
+    def give_up_standbys(self) -> None:
+        """End all machines that stand by: somebody waits for their memory."""
+        self._standbys.drop_all()
+
+    def somebody_waits(self, reason: str) -> None:
+        """Note why somebody waits for memory; "" if nobody does."""
+        self._waits = reason
+
+    def room_for_standby(self, machine: MachineSpec) -> str:
+        """Why there is no room for one more machine that stands by, or "".
+
+        A paused machine does not grow, so it takes only what a clone holds before it works. It never takes
+        what is promised to running machines, nor anything while somebody waits for room.
+        """
+        if self._waits:
+            return f"a trial waits: {self._waits}"
+        with self._lock:
+            free = free_after_promises(self._measure(), self._held(), self._rules)
+        if free < OVERHEAD_MIB * _MIB:
+            free_mib = max(0, free) // _MIB
+            return f"{machine.name} standing by needs {OVERHEAD_MIB} MiB, {free_mib} MiB free after promises"
+        return ""
+
+    def _held(self) -> Held:
+        granted = list(self._granted.items())
+        memory = disk = 0
+        for cell_id, need in granted:
+            cell = self._cells.get(cell_id)
+            held = _held_by(list(cell.machines.values())) if cell is not None else (0, 0)
+            memory += min(held[0], need.memory)
+            disk += min(held[1], need.disk)
+        needs = [need for _, need in granted]
+        return Held(
+            sets=len(needs),
+            vcpus=sum(n.vcpus for n in needs),
+            memory=sum(n.memory for n in needs),
+            memory_held=memory,
+            disk=sum(n.disk for n in needs),
+            disk_held=disk,
+            standby=_held_by(list(self._standbys.ready().values()))[0],
+        )
+
+
+def _held_by(machines: Sequence[Incarnation]) -> tuple[int, int]:
+    """Memory, each at most its full size, and disk that these hold now. Bytes."""
+    full = [(m.spec.machine.memory_mib + OVERHEAD_MIB) * _MIB for m in machines]
+    memory = [held_memory(m.pid) or 0 if m.pid else 0 for m in machines]
+    return sum(map(min, full, memory)), sum(m.written() for m in machines)
