@@ -10,12 +10,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import libvirt
-
 from appliance.cell import netlink
 from appliance.cell.libvirt_door import Libvirt
-from appliance.errors import LabError
 
+_SNAPSHOT_S = 300.0
 _NAME = re.compile("<name>(.*?)</name>")
 
 
@@ -75,7 +73,13 @@ class RecordingLibvirt(Libvirt):
             LabError: libvirt refused.
         """
         xml = f"<domainsnapshot><name>{label}</name></domainsnapshot>"
-        self._ask(f"snapshot {name}", lambda: self._conn.lookupByName(name).snapshotCreateXML(xml, 0))
+        # Gigabytes of RAM are written into the image, while the machine waits.
+        self._call(
+            f"snapshot {name}",
+            lambda: self._conn.lookupByName(name).snapshotCreateXML(xml, 0),
+            _SNAPSHOT_S,
+            name,
+        )
 
     def revert_internally(self, name: str, label: str) -> None:
         """libvirt's own way back to it.
@@ -89,14 +93,7 @@ class RecordingLibvirt(Libvirt):
             domain.revertToSnapshot(domain.snapshotLookupByName(label, 0), 0)
 
         with self.noted("revert", name):
-            self._ask(f"revert {name}", revert)
-
-    @staticmethod
-    def _ask(what: str, function: Any) -> None:
-        try:
-            function()
-        except libvirt.libvirtError as e:
-            raise LabError(f"libvirt could not {what}: {e}") from e
+            self._call(f"revert {name}", revert, _SNAPSHOT_S, name)
 
 
 @contextlib.contextmanager
