@@ -10,27 +10,28 @@ import pytest
 from appliance.cell import baseline as saved
 from appliance.cell.baseline import Baseline, Workshop, check_files, prove
 from appliance.cell.overlay import create_overlay
-from appliance.cell.proof import guest_checks, guest_facts
+from appliance.cell.proof import guest_checks, guest_facts, host_checks
 from appliance.errors import ResetError
+from appliance.host.clock import wait_until
 from tests.vm.conftest import OpenCell
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(400)]
-CHECKS = 10
+CHECKS = 11
 
 
 def test_a_restored_machine_is_proved_and_answers(
     open_cell: OpenCell, baselines: dict[str, Baseline]
 ) -> None:
     cell = open_cell("origin", "target-1", plug=False)
-    proofs = cell.restore_all([], lambda _p: None)
-    assert proofs == []
     machine = cell.machine("origin")
-    again = prove(machine, baselines["origin"], time.monotonic())
     # The sentinels that the first proof planted are now in RAM and on disk: no longer a clean machine.
-    assert len(again.checks) == CHECKS
-    assert {c.name for c in again.checks if not c.passed} == {
+    expected = baselines["origin"].expected
+    again = list(guest_checks(guest_facts(machine.qga, ""), expected)) + list(host_checks(machine, expected))
+    assert len(again) == CHECKS
+    assert {c.name for c in again if not c.passed} == {
         "no RAM sentinel of an earlier run",
         "no disk sentinel of an earlier run",
+        "processes are the baseline's",  # the script that waited in the baseline has answered, and ended
     }
 
 
@@ -42,8 +43,9 @@ def test_reset_takes_back_files_memory_and_processes(
     dirty.qga.write_file("/root/dirt", b"x" * 100_000)
     dirty.qga.write_file("/dev/shm/dirt", b"x" * 100_000)
     dirty.qga.start(["/bin/sleep", "10000"])
-    proof = cell.replace(baselines["origin"], lambda _p: None)
-    assert proof.proved, proof.failures
+    done = cell.reset([baselines["origin"]], lambda _p: None)[0]
+    assert done.proof.proved, done.proof.failures
+    assert cell.machine("origin").plugged
     clean = cell.machine("origin")
     assert clean.id != dirty.id
     assert clean.qga.exec(["/usr/bin/test", "-e", "/root/dirt"]).rc == 1
@@ -116,6 +118,24 @@ def test_ten_resets_leave_nothing_behind(
     cell = open_cell("origin")
     before = len(shop.ledger.things())
     for _ in range(10):
-        assert cell.replace(baselines["origin"], lambda _p: None).proved
-    assert len(shop.ledger.things()) == before
+        assert cell.reset([baselines["origin"]], lambda _p: None)[0].proof.proved
+    wait_until(lambda: len(shop.ledger.things()) == before, 30, "the old incarnations to be gone")
     assert len(list((shop.paths.cells / cell.id).iterdir())) == 1
+
+
+def test_two_clones_of_one_baseline_draw_different_random_numbers(
+    open_cell: OpenCell, baselines: dict[str, Baseline]
+) -> None:
+    drawn = set()
+    for _ in range(3):
+        cell = open_cell("origin", plug=False)
+        drawn.add(cell.machine("origin").qga.exec(["/bin/cat", "/proc/sys/kernel/random/uuid"]).text)
+        cell.close()
+    assert len(drawn) == 3
+
+
+def test_the_clock_is_right_after_a_reset(open_cell: OpenCell, baselines: dict[str, Baseline]) -> None:
+    machine = open_cell("origin").machine("origin")
+    before = time.time()
+    told = float(machine.qga.exec(["/bin/date", "+%s.%N"]).text)
+    assert before - 0.5 < told < time.time() + 0.5
