@@ -188,13 +188,15 @@ class Libvirt:
         self._call(f"resume {name}", lambda: self._conn.lookupByName(name).resume(), MONITOR_S, name)
 
     def destroy(self, name: str) -> None:
-        """End a domain; one that is gone already is no error."""
+        """End a domain and remove its log; one that is gone already is no error."""
         try:
             self._bounded(f"destroy {name}", lambda: self._conn.lookupByName(name).destroy(), DESTROY_S, name)
         except libvirt.libvirtError as e:
             # The domain may end by itself between look-up and destroy.
             if self.state(name) is not DomainState.GONE:
                 raise LabError(f"libvirt does not destroy {name}: {e}") from e
+        # libvirt keeps one of about 8 KiB for every domain that ever was, and ours are never twice the same.
+        (self.root / "log" / "qemu" / f"{name}.log").unlink(missing_ok=True)
 
     def list_domains(self, owner_ns: str) -> list[DomainFact]:
         """All live domains with their owner tags."""

@@ -50,6 +50,18 @@ def test_a_domains_life(tmp_path: Path) -> None:
 
 
 @in_child
+def test_the_log_of_a_domain_goes_with_it(tmp_path: Path) -> None:
+    d = door(tmp_path)
+    logs = tmp_path / "log" / "qemu"
+    logs.mkdir(parents=True)
+    for name in (NAME, "hc-other"):
+        (logs / f"{name}.log").write_text("starting up")
+    d.start(xml(), paused=False)
+    d.destroy(NAME)
+    assert [p.name for p in logs.iterdir()] == ["hc-other.log"]
+
+
+@in_child
 def test_whose_a_domain_is(tmp_path: Path) -> None:
     d = door(tmp_path)
     d.start(xml(), paused=False)
