@@ -115,7 +115,7 @@ def print_run(run: Run) -> None:
         against = [ratio(found, case, other) for other in (STANDBY, DIRECT)]
         rows.append(
             (case.kind, case.way, case.dirt, s.n, *map(seconds, s[1:5]),
-             *("-" if r is None else f"{r:.1f}" for r in against),
+             *("-" if r is None else f"{r:.3g}" for r in against),
              seconds(summary([r.steps.returned for r in resets]).p50),
              seconds(summary(run.background[case] or [0.0]).p50)),
         )  # fmt: skip
