@@ -25,7 +25,12 @@ from bench.common.table import show
 
 AIM_S = 15.0
 SUBJECT, ONCE, SEAL = "the subject's own time", "baselines made (once a home)", "seal"
-NOT_OVERHEAD = (SUBJECT, ONCE)
+WAITED, RESET, REFERENCE = (
+    "waited for room",
+    "reset of both machines, proved",
+    "reference on a pristine origin",
+)
+NOT_OVERHEAD = (SUBJECT, ONCE, WAITED)
 # journal event -> the stage that ends with it; the time since the entry before belongs to that stage
 _STAGES = {
     "baseline-making": ONCE,
@@ -39,7 +44,7 @@ _STAGES = {
     records.STOPPED: "agent stopped",
     "origin-frozen": "probes, origin live",
     "collected": "collect: capture, disks",
-    "reference": "reference on a pristine origin",
+    "reference": REFERENCE,
     "scored": "machines ended, score",
 }
 _PROBES = {
@@ -56,13 +61,16 @@ def stages(entries: Iterable[JournalEntry], sealed_at: float | None = None) -> d
     """
     found: dict[str, float] = {}
     since: float | None = None
-    collected = False
+    collected = waiting = False
     for entry in entries:
         stage = _stage(entry, collected=collected)
         collected |= entry.event == "collected"
         if since is None:
             since = entry.at
+        elif entry.event == "waiting":
+            waiting = True
         elif stage is not None:
+            stage, waiting = (WAITED if waiting else stage), False
             found[stage] = found.get(stage, 0.0) + entry.at - since
             since = entry.at
     if since is not None and sealed_at is not None and sealed_at > since:
@@ -74,8 +82,8 @@ def _stage(entry: JournalEntry, *, collected: bool) -> str | None:
     """The stage that ends with an entry; None where the time goes on to the next entry that ends one."""
     if entry.event == "probe":
         return _PROBES.get(str(entry.fields.get("phase")), "other probes")
-    if entry.event in ("proved", "machine-withheld"):
-        return "reference on a pristine origin" if collected else "reset of both machines, proved"
+    if entry.event in ("proved", "machine-withheld", "in-place"):
+        return REFERENCE if collected else RESET
     if entry.event in ("sealed", "void", "aborted"):
         return SEAL
     return _STAGES.get(entry.event)

@@ -11,7 +11,7 @@ import sys
 import time
 
 from appliance.host.paths import default_paths
-from bench.common.holdings import grown, holdings
+from bench.common.holdings import grown, quiet_holdings
 from bench.common.server import run_trial, running_server
 from bench.common.stats import summary
 from bench.common.table import show
@@ -29,9 +29,9 @@ def main(count: int) -> int:
             seconds.append(time.monotonic() - began)
             wrong += trial.state != "sealed" or trial.highest not in (None, 0)
             if n == 0:
-                first = holdings(server.pid, paths)
+                first = quiet_holdings(server.pid, paths)
             print(f"{n + 1:3} {trial.state} highest={trial.highest} {seconds[-1]:.1f} s", flush=True)
-        last = holdings(server.pid, paths)
+        last = quiet_holdings(server.pid, paths)
     print()
     show(("held by the server", "after 1", f"after {count}"), ((k, v, last[k]) for k, v in first.items()))
     rest = summary(seconds[1:] or seconds)

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from appliance.host.capacity import sample_process
+from appliance.host.clock import wait_until
 from appliance.host.paths import Paths
 
+_SAME, _QUIET_S = 5, 120.0
 # What may grow: a share of the first count and an amount on top. Whatever is not named here may not at all.
 SLACK: Mapping[str, tuple[float, int]] = {
     "resident MB": (0.10, 0),
@@ -42,6 +44,19 @@ def holdings(pid: int, paths: Paths) -> dict[str, int]:
         "ledger rows": rows,
         "disk kB": used_bytes(paths.home, (paths.baselines, paths.bundles)) // 1000,
     }
+
+
+def quiet_holdings(pid: int, paths: Paths) -> dict[str, int]:
+    """As :func:`holdings`, once machines and rows stay the same: what ended or stands by does so later."""
+    seen: list[tuple[int, ...]] = []
+
+    def quiet() -> bool:
+        now = holdings(pid, paths)
+        seen.append(tuple(now[k] for k in ("QEMU processes", "taps", "ledger rows", "child processes")))
+        return len(seen) > _SAME and len(set(seen[-_SAME:])) == 1
+
+    wait_until(quiet, _QUIET_S, "the machines in the background to stay the same", interval=1)
+    return holdings(pid, paths)
 
 
 def children_of(pid: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from appliance.trial.records import JournalEntry
-from bench.overhead import AIM_S, ONCE, SEAL, SUBJECT, overhead, report, stages
+from bench.overhead import AIM_S, ONCE, RESET, SEAL, SUBJECT, WAITED, overhead, report, stages
 
 Story = list[tuple[float, str, dict[str, object]]]
 
@@ -64,6 +64,18 @@ def test_baselines_and_the_second_reset_are_told_apart() -> None:
     assert found[ONCE] == pytest.approx(200)
     assert found["reference on a pristine origin"] == pytest.approx(3)
     assert overhead(found) == pytest.approx(13)
+
+
+def test_waiting_for_room_is_nobodys_overhead() -> None:
+    story: Story = [
+        (0.0, "queued", {}),
+        (0.1, "waiting", {}),
+        (30.0, "resetting", {}),
+        (31.0, "in-place", {}),
+    ]
+    found = stages(journal(story))
+    assert found == pytest.approx({WAITED: 30.0, RESET: 1.0})
+    assert overhead(found) == pytest.approx(1.0)
 
 
 def test_an_unknown_entry_gives_its_time_to_the_next_stage() -> None:
