@@ -13,7 +13,7 @@ from fastapi.security import HTTPBearer
 from api.auth import LOCAL_HOSTS, Gate
 from api.examples import PROBLEMS, unmasked
 from api.problems import Problem, install
-from api.routes import cells, laboratory, trials
+from api.routes import baselines, cells, laboratory, trials
 from api.sse import Followers
 from appliance import __version__
 from appliance.service import LabService
@@ -23,7 +23,8 @@ _DESCRIPTION = (
     "bearer token; every error is `application/problem+json`. Times are Unix seconds, sizes bytes."
 )
 _TAGS: list[dict[str, Any]] = [
-    {"name": "laboratory", "description": "Health, host, images, baselines."},
+    {"name": "laboratory", "description": "Health, host, images."},
+    {"name": "baselines", "description": "Saved machine states: show, delete, take elsewhere."},
     {"name": "switches", "description": "Kill, rearm, sweep."},
     {"name": "cells", "description": "Cells and their machines."},
     {"name": "trials", "description": "Create, follow, stop, score, take home."},
@@ -53,7 +54,7 @@ def create_app(service: LabService, token: str, *, hosts: Collection[str] = LOCA
     app.state.followers = Followers()
     install(app)
     app.add_middleware(Gate, token=token, hosts=hosts)
-    for module in (laboratory, cells, trials):
+    for module in (laboratory, baselines, cells, trials):
         app.include_router(module.router, prefix="/v1")
     _document(app)
     return app

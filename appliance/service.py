@@ -14,13 +14,14 @@ from typing import Annotated, Literal, Protocol
 from pydantic import Field, StringConstraints
 
 from appliance.errors import Blame
-from appliance.model import Accelerator, Frozen, Name, Role, Sha256, Stopped, TrialId, TrialState
+from appliance.model import Accelerator, Frozen, Name, PciAddress, Role, Sha256, Stopped, TrialId, TrialState
 from appliance.trial.records import JournalEntry, ResetProof
 
 Key = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 """A client-chosen key that makes creating a trial repeatable."""
 
 Argument = Annotated[str, StringConstraints(max_length=4096, pattern=r"^[^\x00]*$")]
+BaselineKind = Literal["ram", "disk"]
 MAX_EXEC_S = 600.0
 MAX_EXEC_OUTPUT = 256 * 1024
 
@@ -97,6 +98,54 @@ class BaselineView(Frozen):
     created: float
     size: int = Field(ge=0, description="Bytes on disk.")
     seconds: float = Field(ge=0, description="What making it took.")
+    kind: BaselineKind = Field(description="`ram`: a reset goes on from it; `disk`: a reset boots from it.")
+    created_by: Literal["trial", "cell", "request", "import"]
+    parent: str = Field(max_length=80, description="The baseline it builds on; empty: its image.")
+
+
+class BaselineFile(Frozen):
+    """One of a baseline's files."""
+
+    name: str
+    sha256: Sha256
+    size: int = Field(ge=0)
+    used: int = Field(ge=0, description="Bytes on disk; holes take none.")
+
+
+class BaselineDetail(BaselineView):
+    """Everything that is known about a saved state."""
+
+    folder: str
+    memory: str = Field(description="Folder of its RAM on tmpfs; empty: with the other files.")
+    memory_mib: int
+    vcpus: int
+    devices: tuple[PciAddress, ...] = Field(description="Host devices passed through to the machine.")
+    accelerator: Accelerator
+    versions: dict[str, str]
+    layers: tuple[str, ...] = Field(description="Disk layers from the top down; the last is the image's.")
+    files: tuple[BaselineFile, ...]
+    held_against: dict[str, str] = Field(description="What a machine of it has to show, in words.")
+    needed_by: tuple[str, ...] = Field(description="What keeps it from being deleted.")
+    problem: str = Field(description="What is wrong with its files; empty is good.")
+
+
+class ExportView(Frozen):
+    """A baseline that was written to a folder."""
+
+    name: str
+    folder: str
+    files: int = Field(ge=1)
+    size: int = Field(ge=0, description="Bytes of all files, holes included.")
+    seconds: float = Field(ge=0)
+
+
+class TransferView(Frozen):
+    """An export or import that goes on."""
+
+    verb: Literal["export", "import"]
+    name: str = Field(max_length=80)
+    done: int = Field(ge=0, description="Bytes, holes included.")
+    total: int = Field(ge=0, description="Bytes; 0: not known yet.")
 
 
 class ResetView(Frozen):
@@ -189,7 +238,9 @@ class TrialView(Frozen):
     reason: str = Field(description="Why it is void or aborted; empty otherwise.")
     hint: str = Field(description="What to do about it; empty otherwise.")
     bundle: str | None = Field(description="Directory of the evidence on the server, once sealed.")
-    position: int | None = Field(default=None, ge=1, description="Place in the queue; None: it does not wait.")
+    position: int | None = Field(
+        default=None, ge=1, description="Place in the queue; None: it does not wait."
+    )
     waiting: str = Field(default="", description="Why it waits; empty otherwise.")
 
 
@@ -254,11 +305,32 @@ class LabService(Protocol):
     def baselines(self) -> list[BaselineView]:
         """Saved states."""
 
-    def snapshot(self, cell: str, machine: str, name: str) -> BaselineView:
-        """Save a machine's present state as a baseline."""
+    def baseline(self, name: str) -> BaselineDetail:
+        """One saved state."""
 
-    def reset(self, cell: str, machine: str) -> ResetView:
-        """Put one machine back to its baseline and prove it. Raises ``ResetError`` if not proved."""
+    def delete_baseline(self, name: str) -> BaselineView:
+        """Delete a saved state. Raises ``ConflictError`` naming what depends on it."""
+
+    def export_baseline(self, name: str, to: Path) -> ExportView:
+        """Write a saved state to a new folder of the server's host."""
+
+    def import_baseline(self, folder: Path, name: str | None) -> BaselineView:
+        """Make an exported state one of this home. Raises ``PrerequisiteError`` if it cannot run here."""
+
+    def transfers(self) -> list[TransferView]:
+        """Exports and imports that go on."""
+
+    def snapshot(self, cell: str, machine: str, name: str, kind: BaselineKind | None) -> BaselineView:
+        """Save a machine's present state as a baseline, of the kind it came from unless told otherwise.
+
+        Raises ``ConflictError`` if the machine cannot have one of that kind.
+        """
+
+    def reset(self, cell: str, machine: str, baseline: str | None) -> ResetView:
+        """Put one machine back to its baseline, or to a named one of its own, and prove it.
+
+        Raises ``ResetError`` if not proved.
+        """
 
     def reset_cell(self, cell: str) -> list[ResetView]:
         """Put all machines of a cell back as a group. Raises ``ResetError`` if one is not proved."""

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Body
 
 from api.examples import answer, body
 from api.routes import Lab
-from api.schemas import CellParameter, ExecRequest, MachineParameter, SnapshotRequest
+from api.schemas import CellParameter, ExecRequest, MachineParameter, ResetRequest, SnapshotRequest
 from appliance.service import (
     BaselineView,
     CellRequest,
@@ -58,14 +58,19 @@ def snapshot(
     machine: MachineParameter,
     request: Annotated[SnapshotRequest, Body(openapi_examples=body(SnapshotRequest))],
 ) -> BaselineView:
-    """Save a machine's present state as a baseline."""
-    return lab.snapshot(cell, machine, request.name)
+    """Save a machine's present state as a baseline. One with passed-through devices has `disk` ones only."""
+    return lab.snapshot(cell, machine, request.name, request.kind)
 
 
 @router.post(_MACHINE + "/reset", responses=answer(ResetView, 404, 409, 503))
-def reset(lab: Lab, cell: CellParameter, machine: MachineParameter) -> ResetView:
-    """Put a machine back to its baseline and prove it, fact by fact."""
-    return lab.reset(cell, machine)
+def reset(
+    lab: Lab,
+    cell: CellParameter,
+    machine: MachineParameter,
+    request: Annotated[ResetRequest | None, Body(openapi_examples=body(ResetRequest))] = None,
+) -> ResetView:
+    """Put a machine back to its baseline, or to a named one of its own, and prove it, fact by fact."""
+    return lab.reset(cell, machine, (request or ResetRequest()).baseline)
 
 
 @router.post("/cells/{cell}/reset", responses=answer(ResetView, 404, 409, 503, many=True))

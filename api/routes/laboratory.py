@@ -1,4 +1,4 @@
-"""The laboratory as a whole: health, host, images, baselines, and the switches."""
+"""The laboratory as a whole: health, host, images, and the switches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastapi import APIRouter, Body
 from api.examples import HOST_EXAMPLE, answer, body
 from api.routes import Lab
 from api.schemas import KillRequest, SweepRequest
-from appliance.service import BaselineView, HealthView, ImageView, KillView, SweepView
+from appliance.service import HealthView, ImageView, KillView, SweepView
 
 router = APIRouter()
 
@@ -30,12 +30,6 @@ def host(lab: Lab) -> dict[str, object]:
 def images(lab: Lab) -> list[ImageView]:
     """All recipes with what is built of them. Building is done with `hotcell build`, outside the seal."""
     return lab.images()
-
-
-@router.get("/baselines", tags=["laboratory"], responses=answer(BaselineView, many=True))
-def baselines(lab: Lab) -> list[BaselineView]:
-    """Saved machine states that reset returns to."""
-    return lab.baselines()
 
 
 @router.post("/kill", tags=["switches"], responses=answer(KillView))

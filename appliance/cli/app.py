@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from appliance import __version__
-from appliance.cli import bundle, demo, local, run, verbs
+from appliance.cli import baselines, bundle, demo, local, run, verbs
 from appliance.cli.common import Options, out
 from appliance.host.paths import default_paths
 
@@ -49,7 +49,6 @@ _VERBS: dict[str, dict[str, Callable[..., None]]] = {
     _LOOK: {
         "health": verbs.health,
         "images": verbs.images,
-        "baselines": verbs.baselines,
         "cells": verbs.cells,
         "machines": verbs.machines,
         "open": verbs.open_cell,
@@ -65,6 +64,9 @@ _VERBS: dict[str, dict[str, Callable[..., None]]] = {
 for _group, _verbs in _VERBS.items():
     for _name, _verb in _verbs.items():
         app.command(_name, rich_help_panel=_group)(_verb)
+
+
+app.add_typer(baselines.app, name="baselines", rich_help_panel=_LOOK)
 
 
 def _version(asked: bool) -> None:

@@ -23,8 +23,10 @@ from appliance.cli.common import (
     show,
 )
 from appliance.cli.render import outcome, trial_table, trial_text
+from appliance.errors import ConfigError
 from appliance.model import TrialState
 from appliance.service import (
+    BaselineKind,
     BaselineView,
     CellRequest,
     CellView,
@@ -94,14 +96,6 @@ def machines(ctx: typer.Context, as_json: Json = False) -> None:
     show(as_json, data, head, rows, "no machines")
 
 
-def baselines(ctx: typer.Context, as_json: Json = False) -> None:
-    """List saved machine states."""
-    found = call(ctx).get(list[BaselineView], "baselines")
-    rows = [(b.name, b.machine, b.image, f"{b.size / 2**20:.0f}", f"{b.seconds:.1f}") for b in found]
-    data = [b.model_dump(mode="json") for b in found]
-    show(as_json, data, ("BASELINE", "MACHINE", "IMAGE", "MIB", "SECONDS"), rows, "no baselines yet")
-
-
 def open_cell(
     ctx: typer.Context,
     policy: Annotated[str, typer.Option(help="Policy of the cell.")] = "sealed",
@@ -136,10 +130,15 @@ def snapshot(
     cell: Cell,
     machine: Machine,
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the new baseline.")],
+    kind: Annotated[
+        BaselineKind | None,
+        typer.Option(help="ram or disk; a disk baseline shuts the guest down. Default: as its baseline."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Save a machine's present state as a baseline."""
-    view = call(ctx).post(BaselineView, f"cells/{cell}/machines/{machine}/snapshot", {"name": name})
+    body = {"name": name, "kind": kind}
+    view = call(ctx).post(BaselineView, f"cells/{cell}/machines/{machine}/snapshot", body)
     if as_json:
         out_json(view.model_dump(mode="json"))
     else:
@@ -153,6 +152,9 @@ def reset(
     machine: Annotated[
         str | None, typer.Argument(help="Its name; without one, all machines of the cell as a group.")
     ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Another baseline of this machine to put it back to.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Put machines back to their baselines.
@@ -160,10 +162,12 @@ def reset(
     Prints the proof, fact by fact. Exit status 4 if a machine is not proved.
     """
     if machine is None:
+        if baseline is not None:
+            raise ConfigError("--baseline is for one machine", hint="name the machine too")
         views = call(ctx).post(list[ResetView], f"cells/{cell}/reset")
         data: object = [v.model_dump(mode="json") for v in views]
     else:
-        views = [call(ctx).post(ResetView, f"cells/{cell}/machines/{machine}/reset")]
+        views = [call(ctx).post(ResetView, f"cells/{cell}/machines/{machine}/reset", {"baseline": baseline})]
         data = views[0].model_dump(mode="json")
     rows = [(v.machine, c.name, c.passed, c.expected, c.found) for v in views for c in v.proof.checks]
     show(as_json, data, ("MACHINE", "FACT", "HOLDS", "EXPECTED", "FOUND"), rows, "no facts")

@@ -25,6 +25,13 @@ def _existing_file(path: Path) -> Path:
     return path
 
 
+def _absolute(path: Path) -> Path:
+    if not path.is_absolute() or ".." in path.parts:
+        raise ValueError("an absolute path without `..`")
+    return path
+
+
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 ExistingFile = Annotated[Path, AfterValidator(_existing_file)]
 
 
@@ -63,6 +70,14 @@ class GuestSettings(Frozen):
     max_trials: int = Field(16, ge=1, le=256, description="trials at once; capacity may allow fewer")
 
 
+class BaselineSettings(Frozen):
+    """Where saved machines lie. Below the home, unless told otherwise."""
+
+    memory_dir: AbsolutePath | None = Field(
+        None, description="folder on a tmpfs for RAM files; a reboot loses them, and they are made anew"
+    )
+
+
 class BuildSettings(Frozen):
     """Overrides for image building. Unset means the host's own; pip is set up by its own configuration."""
 
@@ -81,6 +96,7 @@ class HostSettings(Frozen):
     api: ApiSettings = ApiSettings()
     libvirt: LibvirtSettings = LibvirtSettings()
     guests: GuestSettings = GuestSettings()
+    baselines: BaselineSettings = BaselineSettings()
     limits: TrialLimits = TrialLimits()
     build: BuildSettings = BuildSettings()
 

@@ -1,7 +1,7 @@
 """The cells' desk: cells opened by hand, and the verbs on single machines of them.
 
 A machine is claimed for the length of one request; a second request for it is refused at once, never queued.
-A cell of a running trial is the trial's alone.
+A cell of a running trial is the trial's alone. Room for a cell is taken before anything of it is made.
 """
 
 from __future__ import annotations
@@ -10,22 +10,36 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 from appliance.cell.baseline import Baseline
+from appliance.cell.baseline.importing import require_free_name
 from appliance.cell.cell import Cell
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.snapshot import snapshot
+from appliance.cell.spec import MachineSpec
 from appliance.config import HostSettings, Library
 from appliance.errors import ConflictError, NotFoundError
 from appliance.pipeline import views
 from appliance.pipeline.admission import need_of
+from appliance.pipeline.claims import Claims
 from appliance.pipeline.conduct import Bench
 from appliance.pipeline.fleet import machines_for
 from appliance.pipeline.grants import Grants
 from appliance.pipeline.trials import TrialDesk
-from appliance.service import BaselineView, CellRequest, CellView, ExecView, MachineView, ProbeView, ResetView
+from appliance.service import (
+    BaselineKind,
+    BaselineView,
+    CellRequest,
+    CellView,
+    ExecView,
+    MachineView,
+    ProbeView,
+    ResetView,
+)
 from appliance.trial.probing import probe
+
+_CLAIMS_S = 30.0
 
 
 class CellDesk:
@@ -47,7 +61,7 @@ class CellDesk:
         self._trials = trials
         self._grants = grants
         self._lock = threading.Lock()
-        self._busy: set[tuple[str, str]] = set()
+        self._claims = Claims()
 
     # -- looking --------------------------------------------------------------------------------------
 
@@ -71,7 +85,7 @@ class CellDesk:
 
     def busy(self) -> bool:
         """Whether a machine is claimed by a request now."""
-        return bool(self._busy)
+        return self._claims.any()
 
     # -- cells ----------------------------------------------------------------------------------------
 
@@ -89,6 +103,10 @@ class CellDesk:
         machines, _ = machines_for(self._library.subject("idle"), scenario, self._settings, self._bench.paths)
         cell = Cell(f"c{secrets.token_hex(3)}", self._bench.shop, self._bench.standbys)
         self._grants.require(cell.id, need_of(machines, self._settings.limits.disk_mb))
+        with self._claims.hold(cell.id):
+            return self._fill(cell, machines)
+
+    def _fill(self, cell: Cell, machines: Sequence[MachineSpec]) -> CellView:
         try:
             baselines = self._bench.shelf.ensure(
                 machines, lambda _m, _d, _s: None, self._trials.require_accepting
@@ -102,20 +120,29 @@ class CellDesk:
             cell.restore_all([baselines[m.name] for m in machines], lambda _p: None)
             cell.plug_all()
         except BaseException:
-            self.remove(cell)
+            self._end(cell)
             raise
         self._bench.standbys.keep(baselines.values())
         return self._view(cell)
 
     def close(self, cell: str) -> CellView:
         """Stop a cell's machines and remove all that is theirs."""
-        found = self._own(cell)
-        view = self._view(found)
-        self.remove(found)
+        self._own(cell)
+        with self._claims.hold(cell):
+            found = self._own(cell)
+            view = self._view(found)
+            self._end(found)
         return view.model_copy(update={"state": "closed", "machines": ()})
 
     def remove(self, cell: Cell) -> None:
-        """Close a cell, whoever opened it, and forget it."""
+        """Close a cell, whatever a request does with it, and forget it. Kill its machines before.
+
+        A request that restores a machine would otherwise add it to a cell that is gone: it is waited for.
+        """
+        self._claims.wait_free(cell.id, _CLAIMS_S)
+        self._end(cell)
+
+    def _end(self, cell: Cell) -> None:
         try:
             cell.close()
         finally:
@@ -147,44 +174,56 @@ class CellDesk:
             NotFoundError: there is no such cell or machine.
             ConflictError: the cell is a trial's, or another request has the machine.
         """
-        found = self._own(cell)
-        incarnation = found.machine(machine)
-        with self._lock:
-            if (cell, machine) in self._busy:
-                raise ConflictError(
-                    f"{machine} of {cell} is busy with another request", hint="repeat it when that has ended"
-                )
-            self._busy.add((cell, machine))
-        try:
-            yield found, incarnation
-        finally:
-            with self._lock:
-                self._busy.discard((cell, machine))
+        self._own(cell)
+        with self._claims.hold(cell, machine):
+            found = self._own(cell)  # again: it may have been closed or reset until we had it
+            yield found, found.machine(machine)
 
-    def snapshot(self, cell: str, machine: str, name: str) -> BaselineView:
+    def snapshot(self, cell: str, machine: str, name: str, kind: BaselineKind | None = None) -> BaselineView:
         """Save a machine's present state as a baseline; the machine goes on from it, proved."""
+        require_free_name(name)
         with self._claim(cell, machine) as (found, incarnation):
             taken = next((b for b in self._bench.shelf.all() if b.id == name), None)
             if taken is not None:
                 raise ConflictError(f"there is a baseline {name!r} already", hint="choose another name")
-            made = snapshot(self._bench.shop, found, machine, self._baseline_of(incarnation), name)
+            made = snapshot(self._bench.shop, found, machine, self._baseline_of(incarnation), name, kind)
+            self._bench.shelf.store.hold([made], cell)
             found.reset([made], lambda _p: None)
             return views.baseline_view(made)
 
-    def reset(self, cell: str, machine: str) -> ResetView:
-        """Put one machine back to the baseline it came from, proved, and plug it in."""
+    def reset(self, cell: str, machine: str, baseline: str | None = None) -> ResetView:
+        """Put one machine back to the baseline it came from, or to a named one of its own, and plug it in.
+
+        Raises:
+            NotFoundError: there is no baseline of that name.
+            ConflictError: it is another machine's.
+        """
         with self._claim(cell, machine) as (found, incarnation):
-            return self._reset(found, [incarnation])[0]
+            chosen = self._named(baseline, machine, cell) if baseline else self._baseline_of(incarnation)
+            return self._reset(found, [chosen])[0]
+
+    def _named(self, name: str, machine: str, cell: str) -> Baseline:
+        store = self._bench.shelf.store
+        found = store.get(name)
+        if found.machine.name != machine:
+            own = ", ".join(b.id for b in store.all() if b.machine.name == machine) or "none"
+            raise ConflictError(
+                f"{name} is a baseline of {found.machine.name}, not of {machine}",
+                hint=f"baselines of {machine}: {own}",
+            )
+        store.hold([found], cell)
+        store.verify(found)
+        return found
 
     def reset_all(self, cell: str) -> list[ResetView]:
         """Put all machines of a cell back as a group: none is plugged in before every proof holds."""
-        with ExitStack() as claims:
+        self._own(cell)
+        with self._claims.hold(cell):
             found = self._own(cell)
-            machines = [claims.enter_context(self._claim(cell, name))[1] for name in sorted(found.machines)]
-            return self._reset(found, machines)
+            machines = [found.machine(name) for name in sorted(found.machines)]
+            return self._reset(found, [self._baseline_of(m) for m in machines])
 
-    def _reset(self, cell: Cell, machines: Sequence[Incarnation]) -> list[ResetView]:
-        baselines = [self._baseline_of(m) for m in machines]
+    def _reset(self, cell: Cell, baselines: Sequence[Baseline]) -> list[ResetView]:
         renewals = cell.reset(baselines, lambda _p: None)
         self._bench.standbys.keep([self._baseline_of(m) for m in cell.machines.values()])
         return [views.reset_view(cell.id, r) for r in renewals]

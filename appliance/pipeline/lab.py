@@ -17,6 +17,7 @@ from appliance.errors import ConflictError, HotcellError
 from appliance.host.capacity import host_capacity, own_footprint
 from appliance.model import TrialState
 from appliance.pipeline import views
+from appliance.pipeline.baselines import BaselineDesk
 from appliance.pipeline.cells import CellDesk
 from appliance.pipeline.conduct import Bench
 from appliance.pipeline.following import follow
@@ -25,10 +26,13 @@ from appliance.pipeline.process import seal_facts
 from appliance.pipeline.switches import Switches
 from appliance.pipeline.trials import TrialDesk
 from appliance.service import (
+    BaselineDetail,
+    BaselineKind,
     BaselineView,
     CellRequest,
     CellView,
     ExecView,
+    ExportView,
     FootprintView,
     HealthView,
     ImageView,
@@ -38,6 +42,7 @@ from appliance.service import (
     ResetView,
     SealView,
     SweepView,
+    TransferView,
     TrialPage,
     TrialRequest,
     TrialView,
@@ -61,6 +66,7 @@ class Lab:
         self.room_for_standby = grants.room_for_standby
         self._trials = TrialDesk(bench, settings, library, cells, grants)
         self._desk = CellDesk(bench, settings, library, cells, self._trials, grants)
+        self._baselines = BaselineDesk(bench)
         self._switches = Switches(bench, warden, self._trials, self._desk)
         self._lock = threading.Lock()
         self._closed = False
@@ -110,7 +116,27 @@ class Lab:
 
     def baselines(self) -> list[BaselineView]:
         """Saved states."""
-        return [views.baseline_view(b) for b in self._bench.shelf.all()]
+        return self._baselines.views()
+
+    def baseline(self, name: str) -> BaselineDetail:
+        """One saved state."""
+        return self._baselines.show(name)
+
+    def delete_baseline(self, name: str) -> BaselineView:
+        """Delete a saved state that nothing depends on."""
+        return self._baselines.delete(name)
+
+    def export_baseline(self, name: str, to: Path) -> ExportView:
+        """Write a saved state to a new folder of this host."""
+        return self._baselines.export(name, to)
+
+    def import_baseline(self, folder: Path, name: str | None) -> BaselineView:
+        """Make an exported state one of this home."""
+        return self._baselines.import_(folder, name)
+
+    def transfers(self) -> list[TransferView]:
+        """Exports and imports that go on."""
+        return self._baselines.transfers()
 
     # -- cells opened by hand -------------------------------------------------------------------------
 
@@ -122,13 +148,13 @@ class Lab:
         """Stop a cell's machines and remove all that is theirs."""
         return self._desk.close(cell)
 
-    def snapshot(self, cell: str, machine: str, name: str) -> BaselineView:
+    def snapshot(self, cell: str, machine: str, name: str, kind: BaselineKind | None = None) -> BaselineView:
         """Save a machine's present state as a baseline; the machine goes on from it, proved."""
-        return self._desk.snapshot(cell, machine, name)
+        return self._desk.snapshot(cell, machine, name, kind)
 
-    def reset(self, cell: str, machine: str) -> ResetView:
-        """Put one machine back to the baseline it came from, prove it, plug it in again."""
-        return self._desk.reset(cell, machine)
+    def reset(self, cell: str, machine: str, baseline: str | None = None) -> ResetView:
+        """Put one machine back to the baseline it came from, or to a named one, proved, and plug it in."""
+        return self._desk.reset(cell, machine, baseline)
 
     def reset_cell(self, cell: str) -> list[ResetView]:
         """Put all machines of a cell back as a group."""

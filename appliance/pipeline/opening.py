@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from appliance.cell.baseline import Workshop
+from appliance.cell.baseline.places import memory_root
 from appliance.cell.cell import Cell
 from appliance.cell.credentials import ssh_keys
 from appliance.cell.ledger import Kind, Ledger
@@ -42,17 +43,17 @@ def open_laboratory(paths: Paths, settings: HostSettings) -> Lab:
         raise LabError(
             "what an earlier process left cannot be removed", hint="`hotcell sweep` lists it with the reason"
         )
-    shop = Workshop(paths, libvirt, ledger, accelerator.chosen, OWNER)
+    memory = memory_root(paths, settings.baselines.memory_dir)
+    shop = Workshop(paths, libvirt, ledger, accelerator.chosen, OWNER, memory)
     shelf = BaselineShelf(shop, ssh_keys(paths.ssh_key))
+    for lost in shelf.store.drop_lost_memory():
+        log.warning("dropped", folder=str(lost), reason="RAM of no baseline")
     standbys = StandbyPool(shop)
     cells: dict[str, Cell] = {}
 
     def known_links() -> tuple[set[str], set[str]]:
         """Bridges and taps that have an owner: open cells, templates in the making, standbys."""
-        owners = set(cells) | shelf.cells_in_use() | standbys.in_use
-        bridges = {t.name for t in ledger.things(Kind.BRIDGE) if t.owner in owners}
-        ports = [*ledger.things(Kind.TAP), *ledger.things(Kind.ANCHOR)]
-        return bridges, {t.name for t in ports if t.owner in owners}
+        return links_of(ledger, set(cells) | shelf.cells_in_use() | standbys.in_use)
 
     bench = Bench(
         paths, shop, shelf, Store(paths.database), signing_key(paths.signing_key), host_namespace, known_links,
@@ -65,3 +66,10 @@ def open_laboratory(paths: Paths, settings: HostSettings) -> Lab:
     lab = Lab(bench, settings, library, Warden(paths), cells)
     standbys.ask(lab.room_for_standby)
     return lab
+
+
+def links_of(ledger: Ledger, owners: set[str]) -> tuple[set[str], set[str]]:
+    """Bridges, and taps with anchors, that are written down for these cells. Read in one go: rows change hands."""
+    things = [t for t in ledger.things() if t.owner in owners]
+    bridges = {t.name for t in things if t.kind is Kind.BRIDGE}
+    return bridges, {t.name for t in things if t.kind in (Kind.TAP, Kind.ANCHOR)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from appliance.build import Image
-from appliance.cell.baseline import Baseline
+from appliance.cell.baseline import Baseline, DiskBaseline, RamBaseline
 from appliance.cell.cell import Cell, Renewal
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.overlay import used_bytes
@@ -15,6 +15,8 @@ from appliance.model import Stopped, TrialState
 from appliance.pipeline.conduct import Outcome
 from appliance.service import (
     MAX_EXEC_OUTPUT,
+    BaselineDetail,
+    BaselineFile,
     BaselineView,
     CellView,
     ExecView,
@@ -55,8 +57,37 @@ def baseline_view(baseline: Baseline) -> BaselineView:
     return BaselineView(
         name=baseline.id, machine=baseline.machine.name, image=baseline.machine.image.recipe,
         image_digest=baseline.machine.image.digest, created=baseline.created,
-        size=sum(used_bytes(baseline.folder / part) for part in baseline.files), seconds=baseline.seconds,
+        size=sum(used_bytes(baseline.path(part)) for part in baseline.files), seconds=baseline.seconds,
+        kind=baseline.kind, created_by=baseline.created_by, parent=baseline.parent,
     )  # fmt: skip
+
+
+def baseline_detail(baseline: Baseline, needed_by: tuple[str, ...], problem: str) -> BaselineDetail:
+    """Everything about a saved state."""
+    memory = baseline.memory if isinstance(baseline, RamBaseline) else None
+    return BaselineDetail(
+        **baseline_view(baseline).model_dump(), folder=str(baseline.folder), memory=str(memory or ""),
+        memory_mib=baseline.machine.memory_mib, vcpus=baseline.machine.vcpus, devices=baseline.machine.devices,
+        accelerator=baseline.accelerator, versions=baseline.versions,
+        layers=tuple(str(p) for p in baseline.expected.chain),
+        files=tuple(
+            BaselineFile(name=n, sha256=f.sha256, size=f.size, used=used_bytes(baseline.path(n)))
+            for n, f in baseline.files.items()
+        ),
+        held_against=_held_against(baseline), needed_by=needed_by, problem=problem,
+    )  # fmt: skip
+
+
+def _held_against(baseline: Baseline) -> dict[str, str]:
+    """What a proof compares with; the nonce is told in part, since it is a secret until it is used."""
+    expected = baseline.expected
+    common = {"disk sentinel": "absent", "RAM sentinel": "absent", "backing chain": "as recorded"}
+    if isinstance(baseline, DiskBaseline):
+        return {**common, "boot id": f"another than {expected.boot_id}", "RAM nonce": "absent"}
+    return {
+        **common, "boot id": expected.boot_id, "RAM nonce": f"{expected.nonce[:8]}...",
+        "processes": f"{len(baseline.expected.processes)} with their start times",
+    }  # fmt: skip
 
 
 def proof_record(proof: Proof) -> ResetProof:

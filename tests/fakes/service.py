@@ -15,10 +15,14 @@ from appliance import __version__
 from appliance.errors import Blame, ConflictError, NotFoundError
 from appliance.model import Accelerator, Role, Stopped, TrialState
 from appliance.service import (
+    BaselineDetail,
+    BaselineFile,
+    BaselineKind,
     BaselineView,
     CellRequest,
     CellView,
     ExecView,
+    ExportView,
     FootprintView,
     HealthView,
     ImageView,
@@ -29,6 +33,7 @@ from appliance.service import (
     SealView,
     Stray,
     SweepView,
+    TransferView,
     TrialPage,
     TrialRequest,
     TrialView,
@@ -118,9 +123,48 @@ class FakeLab:
         self._enter("baselines")
         return list(self._baselines)
 
-    def snapshot(self, cell: str, machine: str, name: str) -> BaselineView:
-        self._enter("snapshot", cell, machine, name)
+    def baseline(self, name: str) -> BaselineDetail:
+        self._enter("baseline", name)
+        return BaselineDetail(
+            **self._baseline(name).model_dump(), folder=f"/b/{name}", memory="", memory_mib=512, vcpus=2,
+            devices=(), accelerator=Accelerator.TCG, versions={"qemu": "7.2.0"}, layers=("/b/disk.qcow2",),
+            files=(BaselineFile(name="ram", sha256=DIGEST, size=1 << 29, used=1 << 20),),
+            held_against={"boot id": "b0"}, needed_by=("c1 uses it",), problem="",
+        )  # fmt: skip
+
+    def delete_baseline(self, name: str) -> BaselineView:
+        self._enter("delete_baseline", name)
+        found = self._baseline(name)
+        self._baselines.remove(found)
+        return found
+
+    def export_baseline(self, name: str, to: Path) -> ExportView:
+        self._enter("export_baseline", name, to)
+        found = self._baseline(name)
+        time.sleep(self.step_s)
+        return ExportView(name=name, folder=str(to), files=3, size=found.size, seconds=0.1)
+
+    def import_baseline(self, folder: Path, name: str | None) -> BaselineView:
+        self._enter("import_baseline", folder, name)
+        time.sleep(self.step_s)
+        return self._new_baseline("target-1", name or folder.name, "ram", "import")
+
+    def transfers(self) -> list[TransferView]:
+        self._enter("transfers")
+        return [TransferView(verb="export", name="clean", done=1, total=4)]
+
+    def _baseline(self, name: str) -> BaselineView:
+        found = next((b for b in self._baselines if b.name == name), None)
+        if found is None:
+            raise NotFoundError(f"there is no baseline {name!r}", hint="there are: none")
+        return found
+
+    def snapshot(self, cell: str, machine: str, name: str, kind: BaselineKind | None) -> BaselineView:
+        self._enter("snapshot", cell, machine, name, kind)
         self._known(cell, machine)
+        return self._new_baseline(machine, name, kind or "ram", "request")
+
+    def _new_baseline(self, machine: str, name: str, kind: str, by: str) -> BaselineView:
         if any(b.name == name for b in self._baselines):
             raise ConflictError(f"there is a baseline {name}", hint="choose another name")
         made = BaselineView(
@@ -131,13 +175,18 @@ class FakeLab:
             created=1.0,
             size=1 << 20,
             seconds=0.1,
+            kind=kind,
+            created_by=by,
+            parent="",
         )
         self._baselines.append(made)
         return made
 
-    def reset(self, cell: str, machine: str) -> ResetView:
-        self._enter("reset", cell, machine)
+    def reset(self, cell: str, machine: str, baseline: str | None = None) -> ResetView:
+        self._enter("reset", cell, machine, baseline)
         self._known(cell, machine)
+        if baseline is not None and self._baseline(baseline).machine != machine:
+            raise ConflictError(f"{baseline} is not a baseline of {machine}", hint="choose another")
         self._incarnation += 1
         check = ProofCheck(name="ram-nonce", passed=True, expected="absent", found="absent")
         proof = ResetProof(

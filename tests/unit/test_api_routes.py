@@ -11,6 +11,7 @@ import pytest
 from fakes.client import client
 from fakes.service import FakeLab
 
+from appliance.errors import ConflictError
 from appliance.model import TrialState
 
 
@@ -42,8 +43,48 @@ def test_machine_verbs_pass_their_arguments(lab: FakeLab) -> None:
     assert http.post(f"{base}/exec", json={"argv": ["echo", "a b", "$(x)"], "timeout_s": 3}).json()["rc"] == 0
     assert http.post(f"{base}/probe").json()["listeners"] == [22]
     assert http.post("/v1/cells/none/machines/target-1/probe").status_code == 404
-    assert ("snapshot", "lab", "target-1", "clean") in lab.calls
+    assert http.post(f"{base}/snapshot", json={"name": "cold", "kind": "disk"}).json()["kind"] == "disk"
+    assert http.post(f"{base}/snapshot", json={"name": "x", "kind": "tape"}).status_code == 422
+    assert http.post(f"{base}/reset", json={"baseline": "clean"}).status_code == 200
+    assert http.post(f"{base}/reset", json={"baseline": "none"}).status_code == 404
+    other = "/v1/cells/lab/machines/origin"
+    assert http.post(f"{other}/reset", json={"baseline": "clean"}).status_code == 409
+    assert ("snapshot", "lab", "target-1", "clean", None) in lab.calls
+    assert ("snapshot", "lab", "target-1", "cold", "disk") in lab.calls
+    assert ("reset", "lab", "target-1", "clean") in lab.calls
     assert ("exec", "lab", "target-1", ["echo", "a b", "$(x)"], 3.0) in lab.calls
+
+
+def test_baselines_are_shown_deleted_and_taken_elsewhere(lab: FakeLab) -> None:
+    http = client(lab)
+    http.post("/v1/cells/lab/machines/target-1/snapshot", json={"name": "clean"})
+    assert http.get("/v1/baselines/clean").json()["needed_by"] == ["c1 uses it"]
+    assert http.post("/v1/baselines/clean/export", json={"to": "/srv/clean"}).status_code == 201
+    assert ("export_baseline", "clean", Path("/srv/clean")) in lab.calls
+    made = http.post("/v1/baselines/import", json={"folder": "/srv/clean", "name": "back"})
+    assert (made.status_code, made.json()["created_by"]) == (201, "import")
+    assert http.get("/v1/transfers").json()[0]["verb"] == "export"
+    assert http.delete("/v1/baselines/clean").json()["name"] == "clean"
+    assert http.delete("/v1/baselines/clean").status_code == 404
+    assert http.get("/v1/baselines/clean").status_code == 404
+    lab.fail["delete_baseline"] = ConflictError("back: c1 uses it", hint="close c1", dependants="c1")
+    refused = http.delete("/v1/baselines/back")
+    assert (refused.status_code, refused.json()["fields"]) == (409, {"dependants": "c1"})
+
+
+@pytest.mark.parametrize("path", ["", "relative", "~/x", "/a\0b", "/" + "x" * 1000, None, 5])
+def test_a_path_that_is_none_is_refused_at_the_door(lab: FakeLab, path: object) -> None:
+    http = client(lab)
+    assert http.post("/v1/baselines/clean/export", json={"to": path}).status_code == 422
+    assert http.post("/v1/baselines/import", json={"folder": path}).status_code == 422
+    assert lab.calls == []
+
+
+@pytest.mark.parametrize("name", ["..", "%2e%2e%2fetc", "A", "a" * 41, ".clean"])
+def test_a_baselines_name_that_is_none_is_refused_at_the_door(lab: FakeLab, name: str) -> None:
+    for answer in (client(lab).get(f"/v1/baselines/{name}"), client(lab).delete(f"/v1/baselines/{name}")):
+        assert answer.status_code in {404, 405, 422}
+    assert lab.calls == []
 
 
 def test_a_cell_opens_and_closes(lab: FakeLab) -> None:

@@ -78,6 +78,26 @@ def test_machine_verbs(cli: Cli) -> None:
     assert again.err == "error: there is a baseline warm\nwhat to do: choose another name\n"
 
 
+def test_baselines_by_name(cli: Cli, tmp_path: Path) -> None:
+    cli("snapshot", "lab", "target-1", "warm", "--kind", "disk")
+    for argv in (("baselines",), ("baselines", "list")):
+        assert "warm      target-1  disk" in cli(*argv).out
+        assert cli(*argv, "--json").json[0]["kind"] == "disk"
+    shown = cli("baselines", "show", "warm").out
+    assert "needed by  c1 uses it" in shown
+    assert "ram   512.0" in shown
+    assert cli("baselines", "show", "warm", "--json").json["files"]
+    assert "proved clean" in cli("reset", "lab", "target-1", "--baseline", "warm").out
+    wrong = cli("reset", "lab", "origin", "--baseline", "warm")
+    assert (wrong.code, "not a baseline of origin" in wrong.err) == (2, True)
+    assert cli("reset", "lab", "--baseline", "warm").code == 2
+    assert str(tmp_path / "out") in cli("baselines", "export", "warm", str(tmp_path / "out")).out
+    assert "back: a baseline of" in cli("baselines", "import", str(tmp_path / "out"), "--name", "back").out
+    assert cli("baselines", "delete", "warm").code == 0
+    gone = cli("baselines", "delete", "warm")
+    assert (gone.code, "what to do" in gone.err) == (2, True)
+
+
 def test_exec_passes_the_command_unchanged_and_its_status_on(cli: Cli) -> None:
     assert cli("exec", "lab", "origin", "--", "echo", "-n", "a b", "$(id)").out == "echo -n a b $(id)\n"
     assert cli("exec", "lab", "origin", "exit", "7").code == 7
