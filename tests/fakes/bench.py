@@ -61,7 +61,7 @@ class FakeShelf:
         return [self._on_disk(n) for n in ("origin", "target-1")]
 
     def cells_in_use(self) -> set[str]:
-        return set()
+        return self.store.owners_in_use()
 
     def stop_making(self, wait_s: float = 0.0) -> None:
         self.stopped += 1
