@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from dataclasses import asdict
@@ -45,6 +46,8 @@ def main() -> int:
     if os.geteuid() != 0:
         sys.stderr.write("run as root: machines, loop devices and namespaces need it\n")
         return 2
+    for number in (signal.SIGINT, signal.SIGTERM):  # also in the background, where a shell has SIGINT ignored
+        signal.signal(number, signal.default_int_handler)
     kinds = tuple(k for k in a.kinds.split(",") if k)
     points = campaign(a.seed, a.count, kinds)
     wanted = {int(n) for n in a.only.split(",") if n}
@@ -56,7 +59,7 @@ def main() -> int:
     done = {r.number for r in results}
     todo = [p for p in points if p.number not in done and (not wanted or p.number in wanted)]
     began = time.monotonic()
-    closing = _run(a.work, todo, results, file, began + 60 * a.minutes if a.minutes else float("inf"))
+    closing = _run(a.work, todo, results, file, 60 * a.minutes or float("inf"))
     faults = sum(bool(r.faults) for r in results) + bool(closing)
     report = {
         "seed": a.seed, "kinds": kinds, "count": a.count, "done": len(results), "closing": closing,
@@ -68,7 +71,7 @@ def main() -> int:
     return 1 if faults else 0
 
 
-def _run(work: Path, todo: list[Point], results: list[Result], file: Path, until: float) -> list[str]:
+def _run(work: Path, todo: list[Point], results: list[Result], file: Path, limit_s: float) -> list[str]:
     disk = LoopDisk(work / "home.img", work / "h")
     disk.mount()
     rig = Rig(default_paths(home=disk.folder).make(), work / "server.log")
@@ -86,7 +89,7 @@ def _run(work: Path, todo: list[Point], results: list[Result], file: Path, until
             results.append(result)
             keep(file, result)
             say(result.line)
-            if time.monotonic() > until:
+            if time.monotonic() - began > limit_s:
                 break
     finally:
         closing = run.finish()
