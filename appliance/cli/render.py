@@ -13,6 +13,7 @@ from appliance.trial.records import JournalEntry
 # Text of the events we know; {x} is a field. What a guest may have said is made printable before.
 _LINES = {
     "queued": "waits for its turn",
+    "waiting": "waits: {reason}",
     "resetting": "resetting all machines",
     "baseline-making": "making the baseline of {machine}: {detail}",
     "baseline-made": "baseline of {machine} made in {seconds} s",
@@ -38,6 +39,7 @@ _LINES = {
 # An interval belongs to the phase that the event at its end closes.
 _PHASES = {
     "queued": "queue",
+    "waiting": "queue",
     "resetting": "queue",
     "baseline-making": "reset",
     "baseline-made": "baseline",

@@ -63,12 +63,16 @@ def health(ctx: typer.Context, as_json: Json = False) -> None:
             ("warden", "watches" if view.warden else "GONE"),
             ("accepting", "yes" if view.accepting else "no: killed; `hotcell rearm` when it is safe"),
             ("accelerator", view.accelerator),
-            ("trials", f"{view.trials_running} running, {view.queue} waiting"),
+            ("trials", f"{view.trials_running} running, {view.queue} waiting{_why(view)}"),
             ("server", f"{view.version}, up {view.uptime_s:.0f} s, {view.footprint.rss / 2**20:.0f} MiB"),
         ):
             out(f"{name:<13}{value}")
     if not view.ok:
         raise typer.Exit(LAB)
+
+
+def _why(view: HealthView) -> str:
+    return f": {clean(view.waiting)}" if view.waiting else ""
 
 
 def images(ctx: typer.Context, as_json: Json = False) -> None:

@@ -132,6 +132,8 @@ class Grants:
         return ""
 
     def _held(self) -> Held:
+        # What templates hold while a granted cell's baselines are made is not counted: their RAM is a shared file,
+        # which stays available if it is on a disk, and is on the careful side if it is on a tmpfs.
         granted = list(self._granted.items())
         memory = disk = 0
         for cell_id, need in granted:

@@ -111,6 +111,7 @@ def test_known_events_read_as_sentences_even_with_fields_missing() -> None:
         describe(entry("preflight", held=9, leaked=0, unverified=1))
         == "ways out: 9 held, 0 leaked, 1 unverified"
     )
+    assert describe(entry("waiting", reason="needs 2 GiB")) == "waits: needs 2 GiB"
     assert describe(entry("proved")) == "? proved clean in ? s (? facts)"
     assert (
         describe(entry("step", step=1, kind="action", text="{0.__class__} {x}"))
@@ -122,6 +123,7 @@ def test_known_events_read_as_sentences_even_with_fields_missing() -> None:
 def test_phases_cover_the_whole_time() -> None:
     times = [
         ("queued", 0),
+        ("waiting", 0.5),
         ("resetting", 1),
         ("baseline-made", 31),
         ("proved", 32),
