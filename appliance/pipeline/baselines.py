@@ -5,15 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 from appliance.cell.baseline import Baseline, BaselineStore, check_files
 from appliance.cell.baseline.exporting import export
 from appliance.cell.baseline.importing import import_
-from appliance.cell.standby import STANDBY
-from appliance.errors import HostError, NotFoundError, ResetError
+from appliance.errors import HostError, ResetError
 from appliance.pipeline import views
 from appliance.pipeline.conduct import Bench
 from appliance.service import BaselineDetail, BaselineView, ExportView, TransferView
@@ -24,6 +23,7 @@ class BaselineDesk:
 
     def __init__(self, bench: Bench) -> None:
         self._bench = bench
+        bench.shelf.store.spare = self._spare
         self._lock = threading.Lock()
         self._transfers: dict[str, TransferView] = {}
 
@@ -49,18 +49,14 @@ class BaselineDesk:
         """Delete one that nobody needs. A standby of it is nobody's, and makes way."""
         baseline = self._store.get(name)
         view = views.baseline_view(baseline)
-        needed = self._store.dependants(baseline)
-        if needed and all(n.endswith(f" of {STANDBY} runs on it") for n in needed):
-            self._bench.standbys.keep(self._others(name))
         self._store.delete(baseline)
         return view
 
-    def _others(self, name: str) -> Iterator[Baseline]:
-        """What has standbys, or is to have them, without this one."""
+    def _spare(self, baseline: Baseline) -> None:
+        """Keep standbys as before, but none of this one."""
         pool = self._bench.standbys
-        for other in {*pool.ready(), *pool.missing()} - {name}:
-            with suppress(NotFoundError):
-                yield self._store.get(other)
+        wanted = {*pool.ready(), *pool.missing()} - {baseline.id}
+        pool.keep([b for b in self._store.all() if b.id in wanted])
 
     def export(self, name: str, to: Path) -> ExportView:
         """Write one to a new folder on this host."""

@@ -109,7 +109,7 @@ class CellDesk:
     def _fill(self, cell: Cell, machines: Sequence[MachineSpec]) -> CellView:
         try:
             baselines = self._bench.shelf.ensure(
-                machines, lambda _m, _d, _s: None, self._trials.require_accepting
+                machines, lambda _m, _d, _s: None, self._trials.require_accepting, "cell"
             )
             with self._lock:
                 self._cells[cell.id] = cell

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from appliance.cell import baseline as saved
-from appliance.cell.baseline import Baseline, BaselineStore, Workshop
+from appliance.cell.baseline import Baseline, BaselineKind, BaselineStore, CreatedBy, Workshop
 from appliance.cell.cell import Cell
 from appliance.cell.credentials import SshKeys
 from appliance.cell.incarnation import Incarnation
@@ -37,9 +37,14 @@ class BaselineShelf:
         self._cells: set[str] = set()
 
     def ensure(
-        self, machines: Sequence[MachineSpec], report: Report, check: Callable[[], None] = lambda: None
+        self,
+        machines: Sequence[MachineSpec],
+        report: Report,
+        check: Callable[[], None] = lambda: None,
+        created_by: CreatedBy = "trial",
     ) -> dict[str, Baseline]:
-        """A good baseline for each machine, by machine name.
+        """A good baseline for each machine, by machine name: of its disk if devices are passed through to it,
+        which allow no other, else of its RAM.
 
         One that was saved by an earlier process is read whole once before its first use here; one whose
         files changed is made anew. ``check`` is called often while this waits; what it raises ends the
@@ -49,16 +54,18 @@ class BaselineShelf:
             LabError: a baseline could not be made.
         """
         with concurrent.futures.ThreadPoolExecutor(max(1, len(machines))) as pool:
-            made = pool.map(lambda m: self._one(m, report, check), machines)
+            made = pool.map(lambda m: self._one(m, report, check, created_by), machines)
             return {b.machine.name: b for b in made}
 
     def all(self) -> list[Baseline]:
         """Every baseline that can be read, oldest first."""
         return self.store.all()
 
-    def _one(self, machine: MachineSpec, report: Report, check: Callable[[], None]) -> Baseline:
-        what = recipe(machine.role, self._keys, warm_model=True)
-        key = saved.baseline_key(machine, self._shop.accelerator, self._shop.libvirt.versions(), what)
+    def _one(
+        self, machine: MachineSpec, report: Report, check: Callable[[], None], created_by: CreatedBy
+    ) -> Baseline:
+        what, versions = recipe(machine.role, self._keys, warm_model=True), self._shop.libvirt.versions()
+        key = saved.baseline_key(machine, self._shop.accelerator, versions, what, _kind(machine))
         if key in self._checked:
             found = saved.find(self._shop.paths, machine.name, key)
             if found is not None:
@@ -67,12 +74,14 @@ class BaselineShelf:
                     return found
         return self._makers.get(
             key,
-            lambda making: self._find_or_make(machine, key, making),
+            lambda making: self._find_or_make(machine, key, making, created_by),
             lambda detail, seconds: report(machine.name, detail, seconds),
             check,
         )
 
-    def _find_or_make(self, machine: MachineSpec, key: str, making: Making[Baseline]) -> Baseline:
+    def _find_or_make(
+        self, machine: MachineSpec, key: str, making: Making[Baseline], created_by: CreatedBy
+    ) -> Baseline:
         found = saved.find(self._shop.paths, machine.name, key)
         if found is not None:
             try:
@@ -83,7 +92,7 @@ class BaselineShelf:
             else:
                 self._checked.add(key)
                 return found
-        made = self._make(machine, key, making)
+        made = self._make(machine, key, making, created_by)
         self._checked.add(key)
         making.tell("", made.seconds)
         return made
@@ -96,7 +105,9 @@ class BaselineShelf:
                 f"baseline {damaged.id} is damaged, and cannot be made anew: {e.message}", hint=e.hint
             ) from e
 
-    def _make(self, machine: MachineSpec, key: str, making: Making[Baseline]) -> Baseline:
+    def _make(
+        self, machine: MachineSpec, key: str, making: Making[Baseline], created_by: CreatedBy
+    ) -> Baseline:
         def warm(template: Incarnation) -> None:
             warm_up(template, self._keys, warm_model=True, say=making.tell)
 
@@ -105,7 +116,10 @@ class BaselineShelf:
         self._cells.add(cell.id)
         try:
             cell.open()
-            return saved.make(self._shop, machine, cell.id, key, warm, lambda t: making.stoppable(t.kill))
+            return saved.make(
+                self._shop, machine, cell.id, key, warm, lambda t: making.stoppable(t.kill),
+                kind=_kind(machine), created_by=created_by,
+            )  # fmt: skip
         finally:
             cell.close()
             self._cells.discard(cell.id)
@@ -119,3 +133,7 @@ class BaselineShelf:
         self._makers.end_all()
         if wait_s:
             self._makers.wait(wait_s)
+
+
+def _kind(machine: MachineSpec) -> BaselineKind:
+    return "disk" if machine.devices else "ram"

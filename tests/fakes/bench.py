@@ -45,6 +45,7 @@ class FakeShelf:
         machines: Sequence[MachineSpec],
         report: Callable[[str, str, float], None],
         check: Callable[[], None] = lambda: None,
+        created_by: str = "trial",
     ) -> dict[str, Baseline]:
         self.before()
         check()

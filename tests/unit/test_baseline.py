@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import shutil
 import socket
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -89,8 +91,71 @@ def flip(path: Path) -> None:
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
+def times_back(path: Path, change: Callable[[Path], None]) -> None:
+    """Change a file and set the times back that can be: only ctime tells, if anything does."""
+    stat = path.stat()
+    path.chmod(0o600)
+    change(path)
+    path.chmod(0o400)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def shorter(path: Path) -> None:
+    times_back(path, lambda p: os.truncate(p, p.stat().st_size - 1))
+
+
+def longer(path: Path) -> None:
+    times_back(path, lambda p: os.truncate(p, p.stat().st_size + 1))
+
+
+def emptied(path: Path) -> None:
+    times_back(path, lambda p: os.truncate(p, 0))
+
+
+def last_bit(path: Path) -> None:
+    def change(p: Path) -> None:
+        content = bytearray(p.read_bytes())
+        content[-1] ^= 1
+        with p.open("r+b") as f:
+            f.write(content)
+
+    times_back(path, change)
+
+
+def through_a_mapping(path: Path) -> None:
+    def change(p: Path) -> None:
+        with p.open("r+b") as f, mmap.mmap(f.fileno(), 0) as mapped:
+            mapped[10] ^= 1
+
+    times_back(path, change)
+
+
+def hole(path: Path) -> None:
+    """Data gives way to a hole; the size stays."""
+    times_back(path, lambda p: subprocess.run(["fallocate", "-p", "-o", "0", "-l", "64", p], check=True))  # type: ignore[arg-type,return-value]
+
+
+def swapped(path: Path) -> None:
+    """Another file in its place, of its size and its times, as a rename would put it there."""
+    stat, other = path.stat(), path.with_name("other")
+    other.write_bytes(b"Y" * stat.st_size)
+    os.utime(other, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    other.rename(path)
+
+
+def linked(path: Path) -> None:
+    path.rename(path.with_name("other"))
+    rewrite(path.with_name("other"))
+    path.symlink_to("other")
+
+
 @pytest.mark.parametrize("part", [RAM, STATE, DISK])
-@pytest.mark.parametrize("change", [Path.unlink, rewrite, flip])
+@pytest.mark.parametrize(
+    "change",
+    [
+        Path.unlink, rewrite, flip, shorter, longer, emptied, last_bit, through_a_mapping, hole, swapped, linked,
+    ],
+)  # fmt: skip
 def test_a_file_that_changed_is_not_used(h: Host, part: str, change: Callable[[Path], None]) -> None:
     made = saved(h)
     change(made.folder / part)
@@ -99,6 +164,29 @@ def test_a_file_that_changed_is_not_used(h: Host, part: str, change: Callable[[P
     with pytest.raises(ResetError):
         restore(h.shop, made, "c1")
     assert h.left == []
+
+
+@pytest.mark.parametrize("part", [RAM, STATE, DISK])
+def test_two_files_that_changed_places_are_not_used(h: Host, part: str) -> None:
+    made = saved(h)
+    other = DISK if part != DISK else RAM
+    (made.folder / part).rename(made.folder / "x")
+    (made.folder / other).rename(made.folder / part)
+    (made.folder / "x").rename(made.folder / other)
+    with pytest.raises(ResetError):
+        check_files(made)
+
+
+def test_content_is_what_counts_when_it_is_read(h: Host) -> None:
+    """A record that was made to fit the changed file's signs is found out by reading."""
+    made = saved(h)
+    last_bit(made.folder / RAM)
+    stat = (made.folder / RAM).stat()
+    signs = {"mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns}
+    forged = made.model_copy(update={"files": {**made.files, RAM: made.files[RAM].model_copy(update=signs)}})
+    check_files(forged)
+    with pytest.raises(ResetError, match="ram is not what was saved"):
+        check_files(forged, read=True)
 
 
 def test_a_file_that_was_only_moved_about_is_read_and_good(h: Host) -> None:

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 from fakes.cells import Host, host
 from fakes.machine import machine_spec
+from fakes.saved import publish_one
 
 from appliance.cell import baseline as saved
 from appliance.cell.baseline import Baseline
 from appliance.cell.credentials import SshKeys, ssh_keys
 from appliance.cell.incarnation import Incarnation
+from appliance.cell.spec import MachineSpec
 from appliance.errors import LabError, ResetError
 from appliance.model import Role
 from appliance.trial import subject, warmup
@@ -39,6 +41,7 @@ class Making:
 
     def __init__(self, h: Host, monkeypatch: pytest.MonkeyPatch) -> None:
         self.made: list[str] = []
+        self.asked: list[tuple[str, str, str]] = []
         self.checked: list[tuple[str, bool]] = []
         self.known: dict[str, Baseline] = {}
         self.bad: set[str] = set()
@@ -49,9 +52,11 @@ class Making:
         monkeypatch.setattr(saved, "check_files", self._check)
 
     def _make(
-        self, shop: object, machine: object, cell: str, key: str, warm: object, on_template: object
-    ) -> Baseline:
-        name = machine.name  # type: ignore[attr-defined]
+        self, shop: object, machine: MachineSpec, cell: str, key: str, warm: object, on_template: object,
+        *, kind: str, created_by: str,
+    ) -> Baseline:  # fmt: skip
+        name = machine.name
+        self.asked.append((name, kind, created_by))
         if name in self.fail:
             raise LabError(f"{name} does not boot")
         self.made.append(name)
@@ -81,6 +86,23 @@ def test_what_is_missing_is_made_once_and_then_found(h: Host, making: Making) ->
     assert len(making.made) == 2
     assert h.left == []
     assert shelf.cells_in_use() == set()
+
+
+def test_the_kind_follows_from_the_machine_and_who_asked_is_noted(h: Host, making: Making) -> None:
+    shelf = BaselineShelf(h.shop, KEYS)
+    with_device = MACHINES[0].model_copy(update={"devices": ("0000:01:00.0",)})
+    shelf.ensure((with_device, MACHINES[1]), lambda *_: None, created_by="cell")
+    assert sorted(making.asked) == [("origin", "disk", "cell"), ("target-1", "ram", "cell")]
+
+
+def test_a_damaged_one_that_others_build_on_is_not_made_anew(h: Host) -> None:
+    """It would change what lies below them."""
+    first = publish_one(h, "first")
+    publish_one(h, "second", parent=first)
+    shelf = BaselineShelf(h.shop, KEYS)
+    with pytest.raises(ResetError, match=r"damaged.*second builds on it"):
+        shelf._remove(first)
+    assert first.folder.exists()
 
 
 def test_one_of_an_earlier_process_is_read_whole_once(h: Host, making: Making) -> None:

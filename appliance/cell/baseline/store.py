@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import shutil
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +19,11 @@ from appliance.errors import ConflictError, LabError, NotFoundError
 
 
 class BaselineStore:
-    """Every call may come from any thread. ``checked`` holds the keys of what this process has read whole."""
+    """Every call may come from any thread. ``checked`` holds the keys of what this process has read whole.
+
+    ``spare`` is called before a baseline is deleted that only machines of no cell or trial run on: standbys,
+    which are nobody's and can be made again. It ends those of this baseline.
+    """
 
     def __init__(self, shop: Workshop) -> None:
         self._shop = shop
@@ -27,6 +31,7 @@ class BaselineStore:
         self._holders: dict[str, set[str]] = {}
         self._owners: set[str] = set()
         self.checked: set[str] = set()
+        self.spare: Callable[[Baseline], None] = lambda _baseline: None
 
     # -- finding --------------------------------------------------------------------------------------
 
@@ -129,6 +134,12 @@ class BaselineStore:
             NotFoundError: it is gone already.
             ConflictError: something depends on it; the message names what.
         """
+        if (
+            not self._holders.get(baseline.id)
+            and not self.children(baseline)
+            and any(self._machines_on(baseline))
+        ):
+            self.spare(baseline)
         with self.owner("delete") as owner:
             with self._lock:
                 trash = self._hide(baseline, owner)
