@@ -22,6 +22,34 @@ class Clock(NamedTuple):
 
 
 SYSTEM = Clock(time.monotonic, time.sleep)
+# A clock that is kept in step runs at most 500 ppm faster or slower (adjtimex(2)); what is more was a jump.
+_SLEW = 0.001
+_JITTER_S = 2.0
+
+
+class SteadyClock:
+    """Whether the host's wall clock went on evenly since this was made.
+
+    The stamps of a capture, a probe and a journal are compared with one another: after a jump between them they
+    say nothing. Sleep of the whole host counts as one.
+    """
+
+    def __init__(self, wall: Callable[[], float] = lambda: time.time(), clock: Clock = SYSTEM) -> None:
+        self._wall, self._monotonic = wall, clock.monotonic
+        self._began = (wall(), clock.monotonic())
+
+    def require(self) -> None:
+        """Make sure of it.
+
+        Raises:
+            LabError: the clock was set, or the host slept.
+        """
+        wall, passed = self._wall() - self._began[0], self._monotonic() - self._began[1]
+        if abs(wall - passed) > _JITTER_S + _SLEW * passed:
+            raise LabError(
+                f"the host's clock jumped by {wall - passed:+.1f} s within {passed:.0f} s",
+                hint="let the host's clock be kept in step (chrony, systemd-timesyncd) before trials are run",
+            )
 
 
 class WaitError(LabError):

@@ -21,6 +21,7 @@ from appliance.errors import Blame, HotcellError, LabError
 from appliance.evidence import bundle
 from appliance.evidence.folder import TrialFolder
 from appliance.evidence.journal import Journal, drop_parts, write_record
+from appliance.host.clock import SteadyClock
 from appliance.host.paths import Paths
 from appliance.model import TrialState
 from appliance.pipeline.process import seal_facts
@@ -79,8 +80,12 @@ def conduct(
     cell: Cell,
     stop: StopFlag,
     on_state: Callable[[TrialState], None],
+    on_gone: Callable[[], None] = lambda: None,
 ) -> Outcome:
-    """Run one trial to its sealed bundle. Raises only what is a defect of ours."""
+    """Run one trial to its sealed bundle. Raises only what is a defect of ours.
+
+    ``on_gone`` is called when its machines are gone: before the trial is seen to have ended.
+    """
 
     def enter(state: TrialState) -> None:
         queries.upsert_state(bench.store, plan.id, state)
@@ -90,6 +95,7 @@ def conduct(
         outcome = _run_and_score(bench, plan, folder, cell, stop, enter)
     finally:
         bench.shelf.store.release(plan.id)
+        on_gone()
     return _finish(bench, plan, folder, outcome)
 
 
@@ -130,8 +136,10 @@ def _run_and_score(
             if state is TrialState.RUNNING:  # not before: making standbys would compete with the preflight
                 bench.standbys.keep(baselines.values())
 
+        steady = SteadyClock()
         TrialRun(plan, Setting(cell, baselines, folder, stop, run_enter, facts)).run()
         stop.check()
+        steady.require()
         enter(TrialState.SCORING)
         card = score(load(folder.folder))
         folder.write(records.SCORE, card)

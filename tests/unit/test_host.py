@@ -12,7 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from appliance.errors import CapacityError, CommandError, ConfigError, PrerequisiteError, ResetError
+from appliance.errors import (
+    CapacityError,
+    CommandError,
+    ConfigError,
+    LabError,
+    PrerequisiteError,
+    ResetError,
+)
 from appliance.host import accelerator, capacity, clock, command, log, microguest
 from appliance.host.accelerator import AcceleratorReport, Attempt
 from appliance.host.paths import Paths, default_paths
@@ -362,3 +369,25 @@ def test_a_report_survives_json() -> None:
     report = accelerator._decide("tcg", False, "q", "b", iter([made(TCG, True)]))
     assert AcceleratorReport.model_validate_json(report.model_dump_json()) == report
     assert "as configured" in report.line
+
+
+@pytest.mark.parametrize(
+    ("passed", "wall", "jumped"),
+    [
+        (0, 0, False), (60, 61.9, False), (60, 58.1, False), (7200, 7209, False),
+        (60, 63, True), (60, 57, True), (60, 3660, True), (60, -90_000, True), (7200, 7210, True),
+    ],
+)  # fmt: skip
+def test_a_jump_of_the_clock_is_told_from_its_being_kept_in_step(
+    passed: float, wall: float, jumped: bool
+) -> None:
+    now = {"wall": 1e9, "monotonic": 5.0}
+    steady = clock.SteadyClock(lambda: now["wall"], clock.Clock(lambda: now["monotonic"], lambda _s: None))
+    now["wall"] += wall
+    now["monotonic"] += passed
+    if jumped:
+        with pytest.raises(LabError, match="jumped by") as e:
+            steady.require()
+        assert "in step" in e.value.hint
+    else:
+        steady.require()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -209,6 +210,27 @@ def test_an_open_trial_is_sealed_as_void(w: Workbench, torn: bytes) -> None:
     row = check_bundle(w, plan, TrialState.VOID)
     assert "ended before the trial did" in row.void_reason
     assert recover(w.bench) == {}
+
+
+@pytest.mark.parametrize("jump", [3600.0, -90_000.0])
+def test_a_clock_that_jumps_within_a_trial_makes_it_void(
+    w: Workbench, monkeypatch: pytest.MonkeyPatch, jump: float
+) -> None:
+    """Stamps of the capture and of the probes would be held against each other across the jump."""
+    plan, real = w.plan(), time.time
+
+    def jumped() -> float:
+        return real() + (jump if '"event": "started"' in journal_events(w, plan) else 0)
+
+    monkeypatch.setattr(time, "time", jumped)
+    _, outcome = run(w, plan=plan)
+    assert (outcome.state, outcome.blame) == (TrialState.VOID, Blame.LAB)
+    assert "clock jumped" in outcome.reason
+
+
+def journal_events(w: Workbench, plan: Plan) -> str:
+    path = w.host.paths.open_trials / plan.id / records.JOURNAL
+    return path.read_text() if path.exists() else ""
 
 
 def test_half_written_records_are_no_evidence(w: Workbench) -> None:
