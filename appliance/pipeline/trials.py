@@ -139,12 +139,14 @@ class TrialDesk:
             if state is TrialState.RUNNING:
                 live.started = time.time()
 
+        def on_gone() -> None:
+            # Now, not at the end: who sees that the trial has ended may ask for its room at once.
+            self._cells.pop(plan.id, None)
+            self._grants.release(plan.id)
+
         cell = Cell(plan.id, self._bench.shop, self._bench.standbys)
         self._cells[cell.id] = cell
-        try:
-            return conduct(self._bench, plan, folder, cell, stop, on_state)
-        finally:
-            self._cells.pop(cell.id, None)
+        return conduct(self._bench, plan, folder, cell, stop, on_state, on_gone)
 
     # -- looking --------------------------------------------------------------------------------------
 

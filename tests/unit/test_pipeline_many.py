@@ -237,6 +237,15 @@ def test_two_who_open_at_once_do_not_get_the_same_room(lab: Lab, w: Workbench, h
     assert sorted(results) == ["plugged", "refused"]
 
 
+def test_the_room_of_a_trial_is_free_once_it_is_seen_to_have_ended(lab: Lab, house: House) -> None:
+    house.memory = SET_MIB + 256
+    for _ in range(5):
+        trial = start(lab, 1)[0]
+        lab.abort(trial)
+        wait_for(lambda t=trial: lab.trial(t).state.ended)  # type: ignore[misc]
+        lab.close_cell(lab.open_cell(CellRequest()).id)
+
+
 # -- one machine, several clients ------------------------------------------------------------------------
 
 
