@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fakes.cells import Host, host
@@ -140,6 +141,70 @@ def test_two_who_ask_at_once_make_one(h: Host, making: Making) -> None:
     for t in threads:
         t.join()
     assert making.made == ["origin"]
+
+
+class Template:
+    """A template that boots until it is told that it is up, or is killed."""
+
+    def __init__(self) -> None:
+        self.begun, self.up, self.killed = threading.Event(), threading.Event(), threading.Event()
+
+    def kill(self) -> None:
+        self.killed.set()
+
+    def boot(self) -> None:
+        self.begun.set()
+        while not self.up.wait(0.01):
+            if self.killed.is_set():
+                raise LabError("the template went down")
+
+
+class Left(Exception):  # noqa: N818 - a request is not an error
+    pass
+
+
+@pytest.mark.parametrize("all_leave", [False, True])
+def test_a_request_that_leaves_ends_the_making_only_if_it_is_the_last(
+    h: Host, making: Making, monkeypatch: pytest.MonkeyPatch, all_leave: bool
+) -> None:
+    shelf, template, made, left = BaselineShelf(h.shop, KEYS), Template(), list[str](), list[str]()
+    real, gone = saved.make, {"first": threading.Event(), "second": threading.Event()}
+
+    def make(
+        shop: object, machine: object, cell: str, key: str, warm: object, on_template: Any, **how: Any
+    ) -> Baseline:
+        on_template(template)
+        template.boot()
+        return real(shop, machine, cell, key, warm, on_template, **how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(saved, "make", make)
+
+    def ask(name: str) -> None:
+        def check() -> None:
+            if gone[name].is_set():
+                raise Left
+
+        try:
+            made.extend(shelf.ensure(MACHINES[:1], lambda *_: None, check))
+        except Left:
+            left.append(name)
+
+    threads = [threading.Thread(target=ask, args=(name,)) for name in gone]
+    for t in threads:
+        t.start()
+    assert template.begun.wait(10)
+    assert len(shelf.cells_in_use()) == 1
+    gone["first"].set()
+    threads[0].join(10)
+    assert left == ["first"]
+    assert not template.killed.is_set()
+    (gone["second"] if all_leave else template.up).set()
+    threads[1].join(10)
+    shelf.stop_making(10)
+    assert (left, made) == ((["first", "second"], []) if all_leave else (["first"], ["origin"]))
+    assert template.killed.is_set() is all_leave
+    assert shelf.cells_in_use() == set()
+    assert h.left == []
 
 
 # -- warming up ------------------------------------------------------------------------------------------
