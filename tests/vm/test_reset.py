@@ -9,8 +9,9 @@ import pytest
 
 from appliance.cell import baseline as saved
 from appliance.cell.baseline import Baseline, Workshop, check_files, prove
+from appliance.cell.incarnation import Incarnation
 from appliance.cell.overlay import create_overlay
-from appliance.cell.proof import guest_checks, guest_facts, host_checks
+from appliance.cell.proof import Expected, guest_checks, guest_facts, host_checks
 from appliance.errors import ResetError
 from appliance.host.clock import wait_until
 from tests.vm.conftest import OpenCell
@@ -63,19 +64,31 @@ def test_an_extra_process_is_noticed(open_cell: OpenCell, baselines: dict[str, B
     assert "processes are the baseline's" in {c.name for c in failed}
 
 
+def failures(machine: Incarnation, expected: Expected) -> set[str]:
+    """What a machine that was proved before fails now; the script that waited in it has ended."""
+    checks = [*host_checks(machine, expected), *guest_checks(guest_facts(machine.qga, ""), expected)]
+    return {c.name for c in checks if not c.passed}
+
+
 def test_a_swapped_overlay_is_noticed(open_cell: OpenCell, baselines: dict[str, Baseline]) -> None:
     machine = open_cell("origin", plug=False).machine("origin")
     aside = machine.spec.overlay.with_suffix(".aside")
     machine.spec.overlay.rename(aside)
     create_overlay(machine.spec.overlay, baselines["origin"].folder / saved.DISK)
-    failed = {c.name for c in prove(machine, baselines["origin"], time.monotonic()).checks if not c.passed}
+    failed = failures(machine, baselines["origin"].expected)
     assert {"overlay is the file made for this incarnation", "QEMU has this overlay open"} <= failed
 
 
 def test_another_backing_file_is_noticed(open_cell: OpenCell, baselines: dict[str, Baseline]) -> None:
     machine = open_cell("origin", plug=False).machine("origin")
-    failed = {c.name for c in prove(machine, baselines["target-1"], time.monotonic()).checks if not c.passed}
+    failed = failures(machine, baselines["target-1"].expected)
     assert {"backing chain", "boot id is the baseline's", "baseline RAM is mapped privately"} <= failed
+
+
+def test_a_machine_is_proved_once(open_cell: OpenCell, baselines: dict[str, Baseline]) -> None:
+    """Nobody waits in it any more to be asked: what ran once is not shown to be clean again."""
+    machine = open_cell("origin", plug=False).machine("origin")
+    assert not prove(machine, baselines["origin"], time.monotonic()).proved
 
 
 @pytest.mark.parametrize("part", [saved.RAM, saved.STATE, saved.DISK])
