@@ -194,6 +194,7 @@ class Dispatcher:
             return asked[job.need].verdict
 
         if len(self._running) >= self._most:
+            self._grants.somebody_waits("")
             for trial in self._turns.order()[:1]:
                 self._jobs[trial].waiting = f"{self._most} trials run, and guests.max_trials allows no more"
             return None, False

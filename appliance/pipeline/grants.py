@@ -53,6 +53,7 @@ class Grants:
         self._cells = cells
         self._standbys = standbys
         self._granted: dict[str, Need] = {}
+        self._by_hand: list[str] = []
         self._lock = threading.Lock()
         self._waits = ""
         self.on_release: Callable[[], None] = lambda: None
@@ -66,10 +67,13 @@ class Grants:
                 return Decision(verdict=Verdict.WAIT, reason=f"this host cannot be measured: {e}")
             if decision.verdict is Verdict.ADMIT:
                 self._granted[cell] = need
+            elif self._by_hand:
+                named = f"{decision.reason} (cells opened by hand hold room too: {', '.join(self._by_hand)})"
+                return decision.model_copy(update={"reason": named})
             return decision
 
     def require(self, cell: str, need: Need) -> None:
-        """As :meth:`request`, for who does not wait; gives up standbys if that makes the room.
+        """As :meth:`request`, for a cell opened by hand: it never waits, and standbys make way for it.
 
         Raises:
             CapacityError: there is no room now, or never will be.
@@ -79,6 +83,8 @@ class Grants:
             decision = self.request(cell, need)
         if decision.verdict is not Verdict.ADMIT:
             raise refusal(decision, need, self._measure())
+        with self._lock:
+            self._by_hand.append(cell)
 
     def require_possible(self, need: Need) -> None:
         """Refuse what would not fit if nothing of ours ran.
@@ -96,6 +102,7 @@ class Grants:
         """The cell is gone; safe when repeated."""
         with self._lock:
             released = self._granted.pop(cell, None)
+            self._by_hand = [c for c in self._by_hand if c != cell]
         if released is not None:
             self.on_release()
 

@@ -201,6 +201,7 @@ def test_who_opens_a_cell_by_hand_takes_no_room_from_a_trial_that_waits(lab: Lab
     hand = lab.open_cell(CellRequest()).id
     waiting = lab.create_trial(ASKED).id
     wait_for(lambda: lab.trial(waiting).waiting)
+    assert lab.trial(waiting).waiting.endswith(f"(cells opened by hand hold room too: {hand})")
     house.memory = 2 * SET_MIB + 256 - 1
     with pytest.raises(ConflictError, match="1 trials wait for room"):
         lab.open_cell(CellRequest())
