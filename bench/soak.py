@@ -42,7 +42,7 @@ class Soak(NamedTuple):
 
 def soak(rig: Rig, baselines: Sequence[Baseline], count: int, settled: int, *, wait: bool) -> Soak:
     """Reset all machines of one cell together, ``count`` times."""
-    pool = StandbyPool(rig.shop)
+    pool = rig.pool
     cell = Cell("soak", rig.shop, pool)
     took: list[float] = []
     ways: Counter[str] = Counter()
@@ -71,7 +71,6 @@ def soak(rig: Rig, baselines: Sequence[Baseline], count: int, settled: int, *, w
         return Soak(took, ways, failures, first, _quiet_holdings(rig, cell, pool, len(baselines)))
     finally:
         cell.close()
-        pool.close()
 
 
 def _reset(cell: Cell, baselines: Sequence[Baseline]) -> list[str]:

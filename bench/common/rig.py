@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from appliance.cell.baseline import Baseline, Workshop
 from appliance.cell.credentials import SshKeys, ssh_keys
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.ledger import Ledger
 from appliance.cell.spec import GuestImage, MachineSpec
+from appliance.cell.standby import StandbyPool
 from appliance.config import HostSettings, load_host_settings, load_library
 from appliance.errors import LabError
 from appliance.host.accelerator import select_accelerator
@@ -39,6 +40,13 @@ class Rig:
     shop: Workshop
     shelf: BaselineShelf
     keys: SshKeys
+    pool: StandbyPool
+    wanted: list[Baseline] = field(default_factory=list)
+
+    def stand_by(self, baseline: Baseline) -> None:
+        """Keep a standby of this baseline too. One pool for all, since its segment is one a process."""
+        self.wanted.append(baseline)
+        self.pool.keep(self.wanted)
 
     def machine(self, kind: str) -> MachineSpec:
         """A machine of one of the kinds in ``MACHINES``, as a trial would have it."""
@@ -82,16 +90,19 @@ def sealed_rig() -> Iterator[Rig]:
     if accelerator is None:
         raise LabError("no accelerator was chosen", hint="run `hotcell doctor`")
     door, ledger = RecordingLibvirt.open_embedded(paths.libvirt), Ledger(paths.ledger)
+    shop, keys = Workshop(paths, door, ledger, accelerator, OWNER), ssh_keys(paths.ssh_key)
+    pool = StandbyPool(shop)
     try:
         sweep_view(paths, door, ledger, set, dry_run=False)
-        shop = Workshop(paths, door, ledger, accelerator, OWNER)
-        keys = ssh_keys(paths.ssh_key)
         with plugs_noted(door):
-            yield Rig(paths, settings, door, shop, BaselineShelf(shop, keys), keys)
-        left = sweep_view(paths, door, ledger, set, dry_run=False).strays
+            yield Rig(paths, settings, door, shop, BaselineShelf(shop, keys), keys, pool)
+        pool.close()
+        left = sweep_view(paths, door, ledger, set, dry_run=True).strays
         if left:
             raise LabError(f"this run left {len(left)} things behind: {left[:5]}")
     finally:
+        pool.close()
+        sweep_view(paths, door, ledger, set, dry_run=False)  # whatever made this end early
         door.close()
         ledger.close()
 

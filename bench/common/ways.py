@@ -16,7 +16,6 @@ from appliance.cell.baseline import Baseline
 from appliance.cell.cell import Cell
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.ledger import Kind
-from appliance.cell.standby import StandbyPool
 from appliance.errors import LabError
 from appliance.host.capacity import sample_process
 from appliance.host.clock import wait_until
@@ -71,18 +70,18 @@ def _require_joined(machine: Incarnation) -> None:
 
 
 class Restored:
-    """Ours: restored directly, or with ``pool`` from a standby."""
+    """Ours: restored directly, or from a standby."""
 
     def __init__(self, rig: Rig, baseline: Baseline, cell_id: str, *, standby: bool) -> None:
         self._rig = rig
         self._baseline = baseline
-        self._pool = StandbyPool(rig.shop) if standby else None
+        self._pool = rig.pool if standby else None
         self._cell = Cell(cell_id, rig.shop, self._pool)
         self._cell.open()
         self._cell.restore_all([baseline], lambda _p: None)
         self._cell.plug_all()
         if self._pool:
-            self._pool.keep([baseline])
+            rig.stand_by(baseline)
         self.rest()
 
     def wake(self) -> Incarnation:
@@ -122,8 +121,6 @@ class Restored:
     def close(self) -> None:
         """See :class:`Way`."""
         self._cell.close()
-        if self._pool:
-            self._pool.close()
 
 
 class Reverted:
