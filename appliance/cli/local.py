@@ -25,6 +25,7 @@ from appliance.cli.common import (
 )
 from appliance.cli.server import answers, die_with_parent
 from appliance.errors import ConfigError
+from appliance.host.paths import Paths
 from appliance.service import SweepView
 
 
@@ -57,6 +58,12 @@ def build(
     listing: Annotated[
         bool, typer.Option("--list", help="List recipes and what is built; build nothing.")
     ] = False,
+    prune: Annotated[
+        bool,
+        typer.Option(
+            "--prune", help="Remove older images that no machine runs on and no baseline of this home needs."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Build images.
@@ -76,11 +83,27 @@ def build(
         show(as_json, data, ("RECIPE", "DIGEST", "FOLDER"), rows, "no recipes")
         return
     wanted = list(known) if everything else list(recipes or [])
-    if not wanted:
+    made = build_all(options(ctx), wanted) if wanted else []
+    if prune:
+        made = _prune(paths)
+    elif not wanted:
         raise ConfigError("no recipe is named", hint=f"name some of {', '.join(known)}, or give --all")
-    made = build_all(options(ctx), wanted)
     if as_json:
         out_json(made)
+
+
+def _prune(paths: Paths) -> list[dict[str, object]]:
+    """Remove images of earlier inputs; returns recipe, digest, folder and bytes of each."""
+    from appliance.build import prune_images
+    from appliance.cell.baseline import read_all
+
+    needed = frozenset(b.machine.image.digest for b in read_all(paths))
+    removed = prune_images(paths, needed)
+    for image in removed:
+        out(f"removed {image.recipe} {image.digest[:12]}")
+    if not removed:
+        out("nothing to remove")
+    return [{"recipe": i.recipe, "digest": i.digest, "folder": str(i.folder)} for i in removed]
 
 
 def build_all(o: Options, recipes: list[str]) -> list[dict[str, object]]:

@@ -25,6 +25,7 @@ from appliance.cell.baseline.record import (
     find,
     publish,
     read,
+    read_all,
     require_kind,
 )
 from appliance.cell.baseline.restoring import prove, restore
@@ -58,6 +59,7 @@ __all__ = [
     "prove",
     "publish",
     "read",
+    "read_all",
     "record_expected",
     "require_kind",
     "restore",

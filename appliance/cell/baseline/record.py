@@ -202,6 +202,13 @@ def read(folder: Path) -> Baseline | None:
     return record if record.folder == folder else None
 
 
+def read_all(paths: Paths) -> list[Baseline]:
+    """Every baseline of a home that can be read, oldest first."""
+    records = paths.baselines.glob(f"*/{RECORD}")
+    found = (read(path.parent) for path in records if not path.parent.name.startswith("."))
+    return sorted((b for b in found if b), key=lambda b: b.created)
+
+
 def find(paths: Paths, machine: str, key: str) -> Baseline | None:
     """An existing baseline of that key."""
     found = read(paths.baselines / f"{machine}-{key[:12]}")

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from appliance.cell.baseline.places import MARK
-from appliance.cell.baseline.record import DISK, RECORD, Baseline, RamBaseline, check_files, read
+from appliance.cell.baseline.record import DISK, Baseline, RamBaseline, check_files, read, read_all
 from appliance.cell.baseline.workshop import Workshop
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.ledger import Kind
@@ -37,9 +37,7 @@ class BaselineStore:
 
     def all(self) -> list[Baseline]:
         """Every baseline that can be read, oldest first."""
-        records = self._shop.paths.baselines.glob(f"*/{RECORD}")
-        found = (read(path.parent) for path in records if not path.parent.name.startswith("."))
-        return sorted((b for b in found if b), key=lambda b: b.created)
+        return read_all(self._shop.paths)
 
     def get(self, name: str) -> Baseline:
         """A baseline by name.
