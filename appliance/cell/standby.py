@@ -181,9 +181,7 @@ class StandbyPool:
             _destroy([made])
 
     def _make(self, baseline: Baseline) -> Standby:
-        if not self._open:
-            self._open = True
-            self._segment.open()
+        self._make_segment()
         began = time.monotonic()
         machine = restore(self._shop, baseline, STANDBY)
         try:
@@ -195,6 +193,17 @@ class StandbyPool:
                 machine.destroy()
             raise
         return standby
+
+    def _make_segment(self) -> None:
+        if self._open:
+            return
+        self._open = True  # from here on there may be something of ours
+        try:
+            self._segment.open()
+        except BaseException:
+            self._segment.close()
+            self._open = False
+            raise
 
 
 def _require_proved(standby: Standby) -> None:

@@ -250,3 +250,13 @@ def test_a_standby_that_does_not_wake_is_an_error(h: Host, pool: StandbyPool) ->
         c.reset([h.baseline("origin")], lambda _p: None)
     h.libvirt.refuse = set()
     c.close()
+
+
+def test_a_segment_that_cannot_be_made_is_tried_again(h: Host, pool: StandbyPool) -> None:
+    h.net.refuse = {"create_bridge"}
+    pool.keep([h.baseline("origin")])
+    assert not pool.wait_ready(WAIT_S)
+    assert h.left == []
+    h.net.refuse = set()
+    pool.keep([h.baseline("origin")])
+    assert pool.wait_ready(WAIT_S)
