@@ -37,8 +37,8 @@ STATES = (
 )  # fmt: skip
 ORDER = [
     "resetting", "proved", "proved", "in-place", "in-place", "capture-confirmed", "seal-examined", "probe",
-    "preflight", "started", "stopping", "stopped", "probe", "probe", "origin-frozen", "probe", "probe", "probe", "collected", "proved",
-    "reference",
+    "preflight", "started", "stopping", "stopped", "probe", "probe", "origin-frozen", "probe", "probe", "probe",
+    "collected", "proved", "reference",
 ]  # fmt: skip
 
 
