@@ -87,7 +87,8 @@ class FakeGuest:
         self.programs: dict[str, Program] = {
             "/bin/chmod": self._chmod, "/bin/chown": self._chown, "/usr/bin/stat": self._stat,
             "/usr/bin/sha256sum": self._sum, "/bin/rm": self._rm,
-            "/bin/date": lambda _argv, _stdin: (0, b"", b""), "/usr/bin/systemd-run": self._unit, "/usr/bin/systemctl": self._ctl,
+            "/bin/date": lambda _argv, _stdin: (0, b"", b""),
+            "/usr/bin/systemd-run": self._unit, "/usr/bin/systemctl": self._ctl,
         }  # fmt: skip
 
     def __call__(self, request: str, timeout_s: int, /) -> str:
