@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NamedTuple, TypeVar
 
-from appliance.cell.baseline import Baseline, Workshop, prove, restore
+from appliance.cell.baseline import Baseline, Workshop, prove, restore, set_clock
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.proof import Proof
 from appliance.cell.segment import Segment
@@ -131,8 +131,8 @@ class Cell:
         if plug:
             self._plug([r.machine for r in renewals])
         if len(renewals) == 1:
-            return [self._wake(renewals[0], began)]
-        return _side_by_side(lambda r: self._wake(r, began), renewals)
+            return [self._wake(renewals[0], baselines[0], began)]
+        return _side_by_side(lambda n: self._wake(renewals[n], baselines[n], began), range(len(renewals)))
 
     def _fresh(self, baseline: Baseline, began: float) -> Renewal:
         """A proved machine: a standby, or restored now. After two failed proofs the last one is returned."""
@@ -156,7 +156,7 @@ class Cell:
             if len(withheld) == _ATTEMPTS:
                 return Renewal(clone, proof, why, tuple(withheld), 0.0, 0.0)
 
-    def _wake(self, renewal: Renewal, began: float) -> Renewal:
+    def _wake(self, renewal: Renewal, baseline: Baseline, began: float) -> Renewal:
         """Let a standby run and set its clock; a machine that was restored now did both in its proof."""
         machine = renewal.machine
         if not renewal.direct_because:
@@ -165,7 +165,7 @@ class Cell:
                 raise GuestChannelError(f"{machine.name} of {self.id} does not answer after it stood by")
         answered = time.monotonic() - began
         if not renewal.direct_because:
-            machine.qga.set_time(time.time())
+            set_clock(machine, baseline)
         return renewal._replace(answered_s=answered, seconds=time.monotonic() - began)
 
     # -- links ------------------------------------------------------------------------------------------

@@ -83,9 +83,11 @@ class Expected(Frozen):
 
 _SCRIPT = files("appliance.cell.guest").joinpath("facts.py").read_text()
 # As in the script.
-_ASK, _ANSWER = "/run/hotcell-ask", "/run/hotcell-answer"
+_ASK, _ANSWER, _CLOCK = "/run/hotcell-ask", "/run/hotcell-answer", "/run/hotcell-clock"
 _ANSWER_LIMIT = 160 << 10
 _ANSWER_S = 30.0
+# Under TCG a look takes the guest's agent about 10 ms of the time in which the script could answer.
+_LOOK_S = 0.03
 
 
 def guest_facts(qga: Qga, incarnation: str) -> GuestFacts:
@@ -103,26 +105,54 @@ def leave_waiting(qga: Qga) -> None:
     qga.start(["/usr/bin/python3", "-I", "-", "--wait"], stdin=_SCRIPT.encode())
 
 
-def ask_waiting(qga: Qga, incarnation: str) -> GuestFacts:
-    """As :func:`guest_facts`, from the script that was saved running; it answers once, and ends.
+def ask_waiting(qga: Qga, incarnation: str, *, stay: bool = False) -> None:
+    """As :func:`guest_facts`, of the script that was saved running; :func:`waiting_facts` gets the answer.
 
-    Starting an interpreter is most of what asking costs under TCG.
+    It answers once, and ends; or with ``stay`` once more, :func:`set_waiting_clock`. Starting an interpreter
+    is most of what asking would cost under TCG.
 
     Raises:
-        GuestChannelError: nobody waits, or no answer came within 30 s.
+        GuestChannelError: nobody waits.
+    """
+    words = [incarnation, f"{time.time():.6f}", _seed(), *(["stay"] if stay else [])]
+    qga.send(_ASK, (" ".join(words) + "\n").encode())
+
+
+def waiting_facts(qga: Qga) -> GuestFacts:
+    """What the script that was asked answers.
+
+    Raises:
+        GuestChannelError: no answer came within 30 s.
         GuestTamperError: the answer is not what our script writes.
     """
-    qga.send(_ASK, f"{incarnation} {time.time():.6f} {_seed()}\n".encode())
+    return _facts(_await(qga, _ANSWER), "written by the waiting script")
+
+
+def set_waiting_clock(qga: Qga) -> None:
+    """Have the script that was told to stay set the clock of a machine that stood still.
+
+    Raises:
+        GuestChannelError: it did not within 30 s.
+        GuestTamperError: it set another time.
+    """
+    now = f"{time.time():.6f}"
+    qga.send(_ASK, f"{now}\n".encode())
+    done = _await(qga, _CLOCK)
+    if done.decode(errors="replace") != now:
+        raise GuestTamperError(
+            f"the clock was set to {printable(done.decode(errors='replace'), 40)}, not {now}"
+        )
+
+
+def _await(qga: Qga, path: str) -> bytes:
     deadline = time.monotonic() + _ANSWER_S
     while True:
+        time.sleep(_LOOK_S)
         try:
-            answer = qga.read_file(_ANSWER, _ANSWER_LIMIT)
+            return qga.read_file(path, _ANSWER_LIMIT)
         except GuestChannelError:
             if time.monotonic() > deadline:
                 raise
-            time.sleep(0.005)
-        else:
-            return _facts(answer, "written by the waiting script")
 
 
 def _seed() -> str:

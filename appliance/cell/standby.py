@@ -185,7 +185,7 @@ class StandbyPool:
         began = time.monotonic()
         machine = restore(self._shop, baseline, STANDBY)
         try:
-            standby = Standby(machine, baseline, prove(machine, baseline, began))
+            standby = Standby(machine, baseline, prove(machine, baseline, began, will_stand_by=True))
             _require_proved(standby)
             machine.pause()
         except BaseException:

@@ -76,7 +76,9 @@ class Host:
         self.restored.append(clone)
         return clone
 
-    def _prove(self, clone: Incarnation, saved: Baseline, began: float) -> Proof:
+    def _prove(
+        self, clone: Incarnation, saved: Baseline, began: float, *, will_stand_by: bool = False
+    ) -> Proof:
         good = clone.name not in self.unproved
         check = Check(
             name="RAM holds the baseline's nonce", passed=good, expected="n0", found="n0" if good else ""

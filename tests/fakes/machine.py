@@ -79,6 +79,7 @@ class FakeGuest:
         self.paths = dict(HELD)
         self.serving: dict[str, object] = {"model": None, "agent": None, "listeners": [22], "problem": ""}
         self.agent_runs = False
+        self.clock, self.clock_says = 0.0, ""
         self.on_agent: Callable[[list[str]], None] = lambda _argv: None
         self.owners: dict[str, str] = {}
         self._running: dict[int, subprocess.Popen[bytes] | tuple[int, bytes, bytes]] = {}
@@ -172,8 +173,12 @@ class FakeGuest:
         data = base64.b64decode(buf_b64)
         path = self._handles[handle]
         if path == proof._ASK:  # the script that every clone has waiting
-            answer = json.dumps(self._facts(["-I", "-", *data.decode().split()])).encode()
-            self.file(proof._ANSWER).write_bytes(answer)
+            words = data.decode().split()
+            if len(words) == 1:
+                self.clock = float(words[0])
+                self.file(proof._CLOCK).write_text(self.clock_says or words[0])
+            else:
+                self.file(proof._ANSWER).write_text(json.dumps(self._facts(["-I", "-", *words])))
         else:
             with self.file(path).open("ab") as f:
                 f.write(data)

@@ -8,6 +8,7 @@ import mmap
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,8 @@ from appliance.cell.proof import (
     guest_checks,
     guest_facts,
     host_checks,
+    set_waiting_clock,
+    waiting_facts,
 )
 from appliance.errors import GuestChannelError, GuestTamperError
 from appliance.host.clock import wait_until
@@ -113,7 +116,8 @@ def test_facts_of_an_honest_guest(machine: Incarnation) -> None:
 
 
 def test_the_script_that_waits_in_a_clone_is_asked_once(machine: Incarnation) -> None:
-    assert ask_waiting(machine.qga, "i1") == GuestFacts.model_validate(FACTS)
+    ask_waiting(machine.qga, "i1")
+    assert waiting_facts(machine.qga) == GuestFacts.model_validate(FACTS)
     assert machine._libvirt.guests["origin"].facts["ram_sentinel"] == "i1"  # type: ignore[attr-defined]
 
 
@@ -121,19 +125,38 @@ def test_a_clone_in_which_nobody_waits_is_told(machine: Incarnation, monkeypatch
     monkeypatch.setattr(proof, "_ANSWER_S", 0.05)
     guest = machine._libvirt.guests["origin"]  # type: ignore[attr-defined]
     guest.guest_file_write = lambda handle, buf_b64: {"count": len(base64.b64decode(buf_b64))}
+    ask_waiting(machine.qga, "i1")
     with pytest.raises(GuestChannelError, match="hotcell-answer"):
-        ask_waiting(machine.qga, "i1")
+        waiting_facts(machine.qga)
 
 
 def test_an_answer_of_another_shape_is_tampering(machine: Incarnation) -> None:
     machine._libvirt.guests["origin"].facts = [CLEAN]  # type: ignore[attr-defined]
+    ask_waiting(machine.qga, "i1")
     with pytest.raises(GuestTamperError, match="no valid facts"):
-        ask_waiting(machine.qga, "i1")
+        waiting_facts(machine.qga)
 
 
-def test_the_script_waits_answers_and_ends(tmp_path: Path) -> None:
+def test_the_clock_is_set_by_the_script_that_stayed(machine: Incarnation) -> None:
+    ask_waiting(machine.qga, "i1", stay=True)
+    waiting_facts(machine.qga)
+    set_waiting_clock(machine.qga)
+    guest = machine._libvirt.guests["origin"]  # type: ignore[attr-defined]
+    assert abs(guest.clock - time.time()) < 5
+
+
+def test_another_time_than_the_hosts_is_tampering(
+    machine: Incarnation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine._libvirt.guests["origin"].clock_says = "1.5"  # type: ignore[attr-defined]
+    with pytest.raises(GuestTamperError, match=r"set to 1\.5"):
+        set_waiting_clock(machine.qga)
+
+
+@pytest.mark.parametrize("stay", ["", "stay"])
+def test_the_script_waits_answers_and_ends(tmp_path: Path, stay: str) -> None:
     """The script as it is saved in a baseline, with its pipe here."""
-    script = proof._SCRIPT.replace("time.clock_settime(time.CLOCK_REALTIME, now)", "")
+    script = proof._SCRIPT.replace("time.clock_settime(", "print(").replace("os.sync()", "")
     script = script.replace('"/run/hotcell-', f'"{tmp_path}/').replace('"/dev/shm/', f'"{tmp_path}/shm-')
     script = script.replace('"/var/lib/', f'"{tmp_path}/disk-')
     waiting = subprocess.Popen([sys.executable, "-I", "-", "--wait"], stdin=subprocess.PIPE, text=True)
@@ -142,8 +165,13 @@ def test_the_script_waits_answers_and_ends(tmp_path: Path) -> None:
     waiting.stdin.close()
     wait_until(lambda: (tmp_path / "ask").exists(), 20, "the pipe")
     assert waiting.poll() is None
-    (tmp_path / "ask").write_text(f"i1 1.5 {'00' * 32}\n")
+    (tmp_path / "ask").write_text(f"i1 1.5 {'00' * 32} {stay}\n")
+    wait_until(lambda: (tmp_path / "answer").exists(), 20, "the answer")
+    if stay:
+        assert waiting.poll() is None
+        (tmp_path / "ask").write_text("2.5\n")
     assert waiting.wait(20) == 0
+    assert (tmp_path / "clock").exists() is bool(stay)
     facts = GuestFacts.model_validate_json((tmp_path / "answer").read_bytes())
     assert (facts.ram_sentinel, facts.disk_sentinel) == ("", ""), "facts come before the sentinels"
     assert [(tmp_path / n).read_text() for n in ("shm-hotcell-sentinel", "disk-hotcell-sentinel")] == [
@@ -249,7 +277,7 @@ def test_a_qemu_of_another_namespace_is_seen(
 
 
 def test_the_facts_script_prints_what_the_schema_takes(tmp_path: Path) -> None:
-    harmless = proof._SCRIPT.replace("time.clock_settime(time.CLOCK_REALTIME, now)", "")
+    harmless = proof._SCRIPT.replace("time.clock_settime(", "max(").replace("os.sync()", "")
     assert harmless != proof._SCRIPT
     bystander = subprocess.Popen(["/bin/sleep", "30"])
     try:

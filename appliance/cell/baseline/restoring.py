@@ -11,7 +11,14 @@ from appliance.cell.baseline.record import DISK, RAM, STATE, Baseline, DiskBasel
 from appliance.cell.baseline.workshop import Workshop
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.proof import Check as ProofCheck
-from appliance.cell.proof import Proof, ask_waiting, guest_checks, host_checks
+from appliance.cell.proof import (
+    Proof,
+    ask_waiting,
+    guest_checks,
+    host_checks,
+    set_waiting_clock,
+    waiting_facts,
+)
 from appliance.errors import GuestChannelError, GuestTamperError, LabError
 from appliance.model import printable
 
@@ -41,18 +48,21 @@ def restore(shop: Workshop, baseline: Baseline, cell: str) -> Incarnation:
     return clone
 
 
-def prove(clone: Incarnation, baseline: Baseline, began: float) -> Proof:
+def prove(clone: Incarnation, baseline: Baseline, began: float, *, will_stand_by: bool = False) -> Proof:
     """Hold a restored, unplugged machine against its baseline; plants the new incarnation's sentinels.
 
     ``began`` is the monotonic time of the request. A guest that does not answer or answers nonsense is a
-    failed check, so the caller withholds the machine.
+    failed check, so the caller withholds the machine. One that ``will_stand_by`` is to have its clock set
+    again, by :func:`set_clock`.
     """
     if isinstance(baseline, DiskBaseline):
         return prove_cold(clone, baseline, began)
-    checks: list[ProofCheck] = list(host_checks(clone, baseline.expected))
+    checks: list[ProofCheck] = []
     try:
         clone.wait_for_agent(30)
-        checks += guest_checks(ask_waiting(clone.qga, clone.id), baseline.expected)
+        ask_waiting(clone.qga, clone.id, stay=will_stand_by)
+        checks += host_checks(clone, baseline.expected)  # while the guest works on its answer
+        checks += guest_checks(waiting_facts(clone.qga), baseline.expected)
     except (GuestChannelError, GuestTamperError, LabError) as e:
         checks.append(
             ProofCheck(name="guest answers", passed=False, expected="its facts", found=printable(str(e), 300))
@@ -61,3 +71,16 @@ def prove(clone: Incarnation, baseline: Baseline, began: float) -> Proof:
         machine=clone.name, incarnation=clone.id, baseline=baseline.id,
         seconds=time.monotonic() - began, checks=tuple(checks),
     )  # fmt: skip
+
+
+def set_clock(machine: Incarnation, baseline: Baseline) -> None:
+    """Set the clock of a machine that stood by since it was proved.
+
+    Raises:
+        GuestChannelError: the guest does not answer.
+        GuestTamperError: it answers what our script does not say.
+    """
+    if isinstance(baseline, DiskBaseline):
+        machine.qga.set_time(time.time())
+    else:
+        set_waiting_clock(machine.qga)

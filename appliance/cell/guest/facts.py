@@ -4,8 +4,9 @@ random generator, sentinels.
 Runs in the guest: ``python3 -I - INCARNATION NOW SEED``. INCARNATION is "" when a baseline is being recorded;
 SEED is random bytes of the host in hexadecimal: two clones of one baseline would otherwise draw the same
 "random" keys and ports. With ``--wait`` the script is saved inside a baseline, already started: it waits for
-one line with the three arguments in the pipe ASK, writes to ANSWER what it would have printed, and ends.
-That spares every restored machine the start of an interpreter.
+one line with the three arguments in the pipe ASK and writes to ANSWER what it would have printed. With a fourth
+word, "stay", it then waits for one more line, the time at which a machine that stood by was woken: it sets the
+clock, repeats the line in CLOCK, and ends. That spares every restored machine the start of an interpreter.
 """
 
 import fcntl
@@ -17,7 +18,7 @@ import time
 
 RAM = "/dev/shm/hotcell-sentinel"
 DISK = "/var/lib/hotcell-sentinel"
-ASK, ANSWER = "/run/hotcell-ask", "/run/hotcell-answer"
+ASK, ANSWER, CLOCK = "/run/hotcell-ask", "/run/hotcell-answer", "/run/hotcell-clock"
 RNDADDENTROPY, RNDRESEEDCRNG = 0x40085203, 0x5207  # linux/random.h
 
 
@@ -64,6 +65,13 @@ def reseed(seed: bytes) -> bool:
     return True
 
 
+def plant(incarnation: str) -> None:
+    """Put the sentinels in place; they are in the files at once, and on the disk itself a little later."""
+    for path in (RAM, DISK):
+        with open(path, "w") as f:
+            f.write(incarnation)
+
+
 def tell(incarnation: str, now: float, seed: bytes, *, waited: bool) -> str:
     facts = {
         "boot_id": read("/proc/sys/kernel/random/boot_id").strip(),
@@ -75,26 +83,36 @@ def tell(incarnation: str, now: float, seed: bytes, *, waited: bool) -> str:
     }
     time.clock_settime(time.CLOCK_REALTIME, now)
     if incarnation:
-        for path in (RAM, DISK):
-            with open(path, "w") as f:
-                f.write(incarnation)
-                f.flush()
-                os.fsync(f.fileno())
+        plant(incarnation)
     return json.dumps(facts)
 
 
-if sys.argv[1] == "--wait":
+def answer(path: str, text: str) -> None:
+    """Give an answer whole: a reader finds all of it or none."""
+    with open(path + ".part", "w") as out:
+        out.write(text)
+    os.rename(path + ".part", path)
+
+
+def wait() -> None:
     os.umask(0o077)
-    for old in (ASK, ANSWER):  # of the baseline below this one
+    for old in (ASK, ANSWER, CLOCK):  # of the baseline below this one
         if os.path.lexists(old):
             os.unlink(old)
     os.mkfifo(ASK)
-    with open(ASK) as ask:  # until somebody writes
-        incarnation, now, seed = ask.readline().split()
-    answer = tell(incarnation, float(now), bytes.fromhex(seed), waited=True)
-    with open(ANSWER + ".part", "w") as out:
-        out.write(answer)
-    os.rename(ANSWER + ".part", ANSWER)
+    ask = os.open(ASK, os.O_RDWR)  # held open, so that no line is lost between two readers
+    incarnation, now, seed, *stay = os.read(ask, 4096).decode().split()
+    answer(ANSWER, tell(incarnation, float(now), bytes.fromhex(seed), waited=True))
+    if stay:
+        now = os.read(ask, 4096).decode().strip()
+        time.clock_settime(time.CLOCK_REALTIME, float(now))
+        answer(CLOCK, now)
     os.unlink(ASK)
+    os.sync()  # after the answers: it takes as long as all before
+
+
+if sys.argv[1] == "--wait":
+    wait()
 else:
     print(tell(sys.argv[1], float(sys.argv[2]), bytes.fromhex(sys.argv[3]), waited=False))
+    os.sync()
