@@ -7,6 +7,7 @@ guest's software is still the baseline's.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import time
@@ -72,8 +73,12 @@ class Proof(Frozen):
 
 
 class Expected(Frozen):
-    """What a baseline recorded of itself, to hold a restored machine against."""
+    """What a baseline recorded of itself, to hold a restored machine against.
 
+    ``script`` is the digest of the script that waits in it; one of another version is not asked.
+    """
+
+    script: str = ""
     boot_id: str
     nonce: str
     processes: tuple[str, ...]
@@ -82,6 +87,7 @@ class Expected(Frozen):
 
 
 _SCRIPT = files("appliance.cell.guest").joinpath("facts.py").read_text()
+SCRIPT_SHA256 = hashlib.sha256(_SCRIPT.encode()).hexdigest()
 # As in the script.
 _ASK, _ANSWER, _CLOCK = "/run/hotcell-ask", "/run/hotcell-answer", "/run/hotcell-clock"
 _ANSWER_LIMIT = 160 << 10

@@ -17,7 +17,7 @@ from appliance.cell.baseline import DISK, RAM, Baseline, RamBaseline, Workshop
 from appliance.cell.cell import Cell
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.ledger import Ledger
-from appliance.cell.proof import Check, Expected, Proof
+from appliance.cell.proof import SCRIPT_SHA256, Check, Expected, Proof
 from appliance.host.paths import Paths
 from appliance.model import Accelerator
 from fakes.machine import FakeGuest, FakeLibvirt, FakeNet, leftovers, machine_spec
@@ -25,7 +25,9 @@ from fakes.machine import FakeGuest, FakeLibvirt, FakeNet, leftovers, machine_sp
 
 def baseline(name: str, folder: Path) -> Baseline:
     """A record of a saved machine; there are no files behind it."""
-    expected = Expected(boot_id="b0", nonce="n0", processes=(), chain=(), ram_file=folder / "ram")
+    expected = Expected(
+        script=SCRIPT_SHA256, boot_id="b0", nonce="n0", processes=(), chain=(), ram_file=folder / "ram"
+    )
     return RamBaseline(
         key="k" * 64, machine=machine_spec(name), accelerator=Accelerator.TCG, expected=expected, files={},
         created=1.0, seconds=1.0, versions={}, folder=folder,

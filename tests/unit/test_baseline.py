@@ -33,10 +33,12 @@ from appliance.cell.baseline import (
     record_expected,
     restore,
     restoring,
+    set_clock,
     template,
 )
 from appliance.cell.baseline import record as record_module
 from appliance.cell.incarnation import Incarnation
+from appliance.cell.proof import SCRIPT_SHA256
 from appliance.errors import LabError, ResetError
 from appliance.model import Accelerator
 
@@ -292,6 +294,21 @@ def test_the_process_list_has_to_settle(h: Host, machine: Incarnation, tmp_path:
     assert record_expected(machine, Site(tmp_path, tmp_path, tmp_path, tmpfs=False), ()).processes == (
         "init 1 1",
     )
+
+
+@pytest.mark.parametrize("script", [SCRIPT_SHA256, "of another version", ""])
+def test_a_clone_is_proved_whether_our_own_script_waits_in_it_or_not(
+    h: Host, machine: Incarnation, monkeypatch: pytest.MonkeyPatch, script: str
+) -> None:
+    monkeypatch.setattr(restoring, "host_checks", lambda _clone, _expected: iter(()))
+    made = h.baseline("origin")
+    expected = made.expected.model_copy(update={"script": script, "processes": ("init 1 1",)})
+    made = made.model_copy(update={"expected": expected})
+    proof = prove(machine, made, 0.0, will_stand_by=True)
+    assert proof.proved, proof.failures
+    assert h.guest("origin").file("/run/hotcell-answer").exists() is (script == SCRIPT_SHA256)
+    set_clock(machine, made)
+    assert (h.guest("origin").clock > 0) is (script == SCRIPT_SHA256)
 
 
 @pytest.mark.parametrize("state", ["silent", "tampering", "gone"])

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from appliance.cell import overlay
-from appliance.cell.proof import Expected
+from appliance.cell.proof import SCRIPT_SHA256, Expected
 from appliance.cell.spec import MachineSpec
 from appliance.errors import ConflictError, LabError, ResetError
 from appliance.host.paths import Paths
@@ -129,6 +129,7 @@ def baseline_key(
         "versions": versions,
         "recipe": recipe,
         "format": 2,
+        "script": SCRIPT_SHA256,
         "host_cpu": _cpu_model(),
         "kind": kind,
     }

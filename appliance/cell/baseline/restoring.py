@@ -7,18 +7,20 @@ import time
 
 from appliance.cell import migration
 from appliance.cell.baseline.cold import boot, prove_cold
-from appliance.cell.baseline.record import DISK, RAM, STATE, Baseline, DiskBaseline, check_files
+from appliance.cell.baseline.record import DISK, RAM, STATE, Baseline, DiskBaseline, RamBaseline, check_files
 from appliance.cell.baseline.workshop import Workshop
 from appliance.cell.incarnation import Incarnation
-from appliance.cell.proof import Check as ProofCheck
 from appliance.cell.proof import (
+    SCRIPT_SHA256,
     Proof,
     ask_waiting,
     guest_checks,
+    guest_facts,
     host_checks,
     set_waiting_clock,
     waiting_facts,
 )
+from appliance.cell.proof import Check as ProofCheck
 from appliance.errors import GuestChannelError, GuestTamperError, LabError
 from appliance.model import printable
 
@@ -60,9 +62,12 @@ def prove(clone: Incarnation, baseline: Baseline, began: float, *, will_stand_by
     checks: list[ProofCheck] = []
     try:
         clone.wait_for_agent(30)
-        ask_waiting(clone.qga, clone.id, stay=will_stand_by)
+        waits = baseline.expected.script == SCRIPT_SHA256
+        if waits:
+            ask_waiting(clone.qga, clone.id, stay=will_stand_by)
         checks += host_checks(clone, baseline.expected)  # while the guest works on its answer
-        checks += guest_checks(waiting_facts(clone.qga), baseline.expected)
+        facts = waiting_facts(clone.qga) if waits else guest_facts(clone.qga, clone.id)
+        checks += guest_checks(facts, baseline.expected)
     except (GuestChannelError, GuestTamperError, LabError) as e:
         checks.append(
             ProofCheck(name="guest answers", passed=False, expected="its facts", found=printable(str(e), 300))
@@ -80,7 +85,7 @@ def set_clock(machine: Incarnation, baseline: Baseline) -> None:
         GuestChannelError: the guest does not answer.
         GuestTamperError: it answers what our script does not say.
     """
-    if isinstance(baseline, DiskBaseline):
-        machine.qga.set_time(time.time())
-    else:
+    if isinstance(baseline, RamBaseline) and baseline.expected.script == SCRIPT_SHA256:
         set_waiting_clock(machine.qga)
+    else:
+        machine.qga.set_time(time.time())

@@ -28,7 +28,7 @@ from appliance.cell.baseline.workshop import Workshop
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.ledger import Kind
 from appliance.cell.libvirt_door import DomainState
-from appliance.cell.proof import Expected, GuestFacts, guest_facts, leave_waiting
+from appliance.cell.proof import SCRIPT_SHA256, Expected, GuestFacts, guest_facts, leave_waiting
 from appliance.cell.spec import MachineSpec
 from appliance.errors import GuestChannelError, LabError
 from appliance.host.capacity import require_room
@@ -160,6 +160,7 @@ def record_expected(template: Incarnation, site: Site, below: Sequence[Path]) ->
     leave_waiting(template.qga)
     facts = _settled_facts(template)
     return Expected(
+        script=SCRIPT_SHA256,
         boot_id=facts.boot_id,
         nonce=nonce,
         processes=tuple(facts.processes),
