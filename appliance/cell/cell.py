@@ -52,6 +52,7 @@ class Cell:
     def __init__(self, cell_id: str, shop: Workshop, pool: StandbyPool | None = None) -> None:
         self.id = cell_id
         self.machines: dict[str, Incarnation] = {}
+        self._names: list[str] = []
         self._segment = Segment(cell_id, shop.ledger)
         self._dying: dict[str, Incarnation] = {}
         self._ends: list[concurrent.futures.Future[None]] = []
@@ -115,6 +116,9 @@ class Cell:
             renewals = [self._fresh(baselines[0], began)]
         else:
             renewals = _side_by_side(lambda b: self._fresh(b, began), baselines)
+        self._names += [b.machine.name for b in baselines if b.machine.name not in self._names]
+        # Side by side they came in any order; people and views get them in the order they were asked for.
+        self.machines = {n: self.machines[n] for n in self._names if n in self.machines}
         for renewal in renewals:
             for proof in renewal.withheld:
                 on_proof(proof)

@@ -30,7 +30,7 @@ def h(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
 
 def test_a_cells_life(h: Host) -> None:
     cell = h.cell(*ALL)
-    assert set(cell.machines) == set(ALL)
+    assert tuple(cell.machines) == ALL
     assert h.net.plugged == {}
     assert all(m.state is DomainState.RUNNING for m in cell.machines.values())
     assert all(is_domain_name(m.domain) for m in cell.machines.values())
