@@ -79,22 +79,22 @@ def test_machine_verbs(cli: Cli) -> None:
 
 
 def test_baselines_by_name(cli: Cli, tmp_path: Path) -> None:
-    cli("snapshot", "lab", "target-1", "warm", "--kind", "disk")
+    cli("snapshot", "lab", "target-1", "cold", "--kind", "disk")
     for argv in (("baselines",), ("baselines", "list")):
-        assert "warm      target-1  disk" in cli(*argv).out
-        assert cli(*argv, "--json").json[0]["kind"] == "disk"
-    shown = cli("baselines", "show", "warm").out
+        assert "cold      target-1  disk" in cli(*argv).out
+        assert [b["kind"] for b in cli(*argv, "--json").json if b["name"] == "cold"] == ["disk"]
+    shown = cli("baselines", "show", "cold").out
     assert "needed by  c1 uses it" in shown
     assert "ram   512.0" in shown
-    assert cli("baselines", "show", "warm", "--json").json["files"]
-    assert "proved clean" in cli("reset", "lab", "target-1", "--baseline", "warm").out
-    wrong = cli("reset", "lab", "origin", "--baseline", "warm")
+    assert cli("baselines", "show", "cold", "--json").json["files"]
+    assert "proved clean" in cli("reset", "lab", "target-1", "--baseline", "cold").out
+    wrong = cli("reset", "lab", "origin", "--baseline", "cold")
     assert (wrong.code, "not a baseline of origin" in wrong.err) == (2, True)
-    assert cli("reset", "lab", "--baseline", "warm").code == 2
-    assert str(tmp_path / "out") in cli("baselines", "export", "warm", str(tmp_path / "out")).out
+    assert cli("reset", "lab", "--baseline", "cold").code == 2
+    assert str(tmp_path / "out") in cli("baselines", "export", "cold", str(tmp_path / "out")).out
     assert "back: a baseline of" in cli("baselines", "import", str(tmp_path / "out"), "--name", "back").out
-    assert cli("baselines", "delete", "warm").code == 0
-    gone = cli("baselines", "delete", "warm")
+    assert cli("baselines", "delete", "cold").code == 0
+    gone = cli("baselines", "delete", "cold")
     assert (gone.code, "what to do" in gone.err) == (2, True)
 
 
