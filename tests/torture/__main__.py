@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -72,25 +73,32 @@ def main() -> int:
 
 
 def _run(work: Path, todo: list[Point], results: list[Result], file: Path, limit_s: float) -> list[str]:
+    began = time.monotonic()
+
+    def go(points: list[Point], one: Callable[[Point], Result]) -> None:
+        for point in points:
+            if time.monotonic() - began > limit_s:
+                return
+            results.append(one(point))
+            keep(file, results[-1])
+            say(results[-1].line)
+
+    go([p for p in todo if p.kind == "build"], lambda p: build.run(work, p))
+    todo = [p for p in todo if p.kind != "build"]
+    if not todo:
+        return []
     disk = LoopDisk(work / "home.img", work / "h")
     disk.mount()
     rig = Rig(default_paths(home=disk.folder).make(), work / "server.log")
     run = Campaign(rig, disk)
-    closing: list[str] = []
     try:
         rig.clock.unlink(missing_ok=True)
         disk.empty()
-        began = time.monotonic()
-        if todo and (unfit := run.prepare()):
+        if unfit := run.prepare():
             return unfit
         say(f"prepared in {time.monotonic() - began:.1f} s; {len(todo)} points to go")
-        for point in todo:
-            result = build.run(work, point) if point.kind == "build" else run.run(point)
-            results.append(result)
-            keep(file, result)
-            say(result.line)
-            if time.monotonic() - began > limit_s:
-                break
+        began = time.monotonic()
+        go(todo, run.run)
     finally:
         closing = run.finish()
         disk.unmount()

@@ -54,25 +54,27 @@ def _warden(rig: Rig, _disk: LoopDisk | None, _point: Point) -> Struck:
     return Struck(f"warden {rig.warden}")
 
 
-def _one_of(find: Callable[[], list[Process]], point: Point) -> Process | None:
+def _signal_one(find: Callable[[], list[Process]], point: Point, number: signal.Signals) -> Process | None:
+    """Signal one of those that are there, the drawn one; one that ends meanwhile is no victim."""
+
+    def hit() -> Process | None:
+        found = sorted(find())
+        victim = found[int(point.pick * len(found))] if found else None
+        return victim if victim and processes.send(victim, number) else None
+
     with contextlib.suppress(WaitError):
-        found = wait_until(find, _VICTIM_S, "a victim", 0.01)
-        return sorted(found)[int(point.pick * len(found))]
+        return wait_until(hit, _VICTIM_S, "a victim", 0.01)
     return None
 
 
 def _qemu(rig: Rig, _disk: LoopDisk | None, point: Point) -> Struck:
-    victim = _one_of(rig.qemus, point)
-    if victim is None or not processes.send(victim, signal.SIGKILL):
-        return Struck("")
-    return Struck(f"QEMU {_name(victim)}")
+    victim = _signal_one(rig.qemus, point, signal.SIGKILL)
+    return Struck(f"QEMU {_name(victim)}" if victim else "")
 
 
 def _hang(rig: Rig, _disk: LoopDisk | None, point: Point) -> Struck:
-    victim = _one_of(rig.qemus, point)
-    if victim is None or not processes.send(victim, signal.SIGSTOP):
-        return Struck("")
-    return Struck(f"QEMU {_name(victim)}")
+    victim = _signal_one(rig.qemus, point, signal.SIGSTOP)
+    return Struck(f"QEMU {_name(victim)}" if victim else "")
 
 
 def _name(qemu: Process) -> str:
@@ -80,10 +82,9 @@ def _name(qemu: Process) -> str:
 
 
 def _tcpdump(rig: Rig, _disk: LoopDisk | None, point: Point) -> Struck:
-    victim = _one_of(lambda: list(processes.captures_below(rig.paths.home).values()), point)
-    if victim is None or not processes.send(victim, signal.SIGKILL):
-        return Struck("")
-    return Struck(f"tcpdump {victim.pid}")
+    captures = processes.captures_below
+    victim = _signal_one(lambda: list(captures(rig.paths.home).values()), point, signal.SIGKILL)
+    return Struck(f"tcpdump {victim.pid}" if victim else "")
 
 
 def _qga(rig: Rig, _disk: LoopDisk | None, point: Point) -> Struck:
