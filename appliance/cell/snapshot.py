@@ -59,7 +59,7 @@ def snapshot(
         chain = parent.expected.chain
         fields: dict[str, Any] = {
             "key": hashlib.sha256(f"{parent.key} {label} {secrets.token_hex(16)}".encode()).hexdigest(),
-            "machine": parent.machine, "accelerator": shop.accelerator, "files": {},
+            "machine": parent.machine, "accelerator": shop.accelerator, "files": {}, "below": {},
             "versions": shop.libvirt.versions(), "folder": site.final, "label": label, "parent": parent.id,
             "created_by": "request",
         }  # fmt: skip

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pydantic import Field
 
+from appliance.build import Image
 from appliance.errors import UserError
 from appliance.model import Frozen, Name, PciAddress, Role, Sha256
 
@@ -22,14 +23,33 @@ FIRST_TARGET_HOST = 21
 
 
 class GuestImage(Frozen):
-    """The part of a built image that a machine needs to run."""
+    """The part of a built image that a machine needs to run.
+
+    ``digest`` names the inputs, ``disk_sha256`` the bits: packages may differ between two builds of the same
+    inputs, and a saved state belongs to the bits.
+    """
 
     recipe: Name
     digest: Sha256
     disk: Path
+    disk_sha256: Sha256
     kernel: Path
     initrd: Path
     cmdline: str = "root=/dev/vda rw console=ttyS0 net.ifnames=0 quiet"
+
+    @classmethod
+    def of(cls, image: Image) -> GuestImage:
+        """What a machine needs of a built image.
+
+        Raises:
+            BuildError: its manifest is not what a build writes.
+        """
+        record = image.record
+        return cls(
+            recipe=image.recipe, digest=image.digest, disk=image.disk, kernel=image.kernel,
+            initrd=image.initrd, cmdline=record.kernel_cmdline,
+            disk_sha256=next(f.sha256 for f in record.files if f.name == image.disk.name),
+        )  # fmt: skip
 
 
 class MachineSpec(Frozen):

@@ -27,13 +27,6 @@ def built(recipe: str, paths: Paths) -> Image:
     return image
 
 
-def _guest_image(image: Image) -> GuestImage:
-    return GuestImage(
-        recipe=image.recipe, digest=image.digest, disk=image.disk, kernel=image.kernel, initrd=image.initrd,
-        cmdline=image.record.kernel_cmdline,
-    )  # fmt: skip
-
-
 def machines_for(
     subject: SubjectSpec, scenario: ScenarioSpec, settings: HostSettings, paths: Paths
 ) -> tuple[tuple[MachineSpec, ...], tuple[WeightFile, ...]]:
@@ -44,15 +37,15 @@ def machines_for(
     """
     guests = settings.guests
     origin_image = built(subject.image, paths)
-    target_image = _guest_image(built(subject.target_image, paths))
+    target_image = GuestImage.of(built(subject.target_image, paths))
     size = {"memory_mib": guests.model_memory_mib, "vcpus": guests.vcpus}
-    machines = [MachineSpec(name="origin", role=Role.ORIGIN, image=_guest_image(origin_image), **size)]
+    machines = [MachineSpec(name="origin", role=Role.ORIGIN, image=GuestImage.of(origin_image), **size)]
     machines += [
         MachineSpec(name=f"target-{n}", role=Role.TARGET, image=target_image, **size)
         for n in range(1, scenario.targets + 1)
     ]
     if scenario.world:
-        world = _guest_image(built(WORLD_RECIPE, paths))
+        world = GuestImage.of(built(WORLD_RECIPE, paths))
         machines.append(
             MachineSpec(
                 name="world", role=Role.WORLD, image=world, memory_mib=guests.world_memory_mib, vcpus=1

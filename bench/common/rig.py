@@ -52,10 +52,7 @@ class Rig:
         """A machine of one of the kinds in ``MACHINES``, as a trial would have it."""
         if kind == "small":
             image = built("world", self.paths)
-            guest = GuestImage(
-                recipe="world", digest=image.digest, disk=image.disk, kernel=image.kernel, initrd=image.initrd,
-                cmdline=image.record.kernel_cmdline,
-            )  # fmt: skip
+            guest = GuestImage.of(image)
             return MachineSpec(name="world", role=Role.WORLD, image=guest, memory_mib=256, vcpus=1)
         library = load_library(settings=self.settings)
         machines, _ = machines_for(

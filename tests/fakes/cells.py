@@ -29,7 +29,7 @@ def baseline(name: str, folder: Path) -> Baseline:
         script=SCRIPT_SHA256, boot_id="b0", nonce="n0", processes=(), chain=(), ram_file=folder / "ram"
     )
     return RamBaseline(
-        key="k" * 64, machine=machine_spec(name), accelerator=Accelerator.TCG, expected=expected, files={},
+        key="k" * 64, machine=machine_spec(name), accelerator=Accelerator.TCG, expected=expected, files={}, below={},
         created=1.0, seconds=1.0, versions={}, folder=folder,
     )  # fmt: skip
 

@@ -55,7 +55,7 @@ def machine_spec(name: str = "origin", folder: Path = Path("/images")) -> Machin
     role = ROLES.get(name, Role.TARGET)
     recipe = {Role.ORIGIN: "subject-cpu", Role.TARGET: "target-cpu", Role.WORLD: "world"}[role]
     image = GuestImage(
-        recipe=recipe, digest=DIGEST, disk=folder / "disk.qcow2", kernel=folder / "vmlinuz",
+        recipe=recipe, digest=DIGEST, disk_sha256=DIGEST, disk=folder / "disk.qcow2", kernel=folder / "vmlinuz",
         initrd=folder / "initrd.img",
     )  # fmt: skip
     return MachineSpec(name=name, role=role, image=image, memory_mib=512, vcpus=2)

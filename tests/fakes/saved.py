@@ -31,10 +31,18 @@ MIB = 64
 CONTENT = b"content of a saved file"
 
 
+def image_folder(h: Host, digest: str) -> Path:
+    """The folder of a built image, with a disk of a few bytes; what its manifest says of it is taken for true."""
+    folder = h.paths.images / digest
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "disk.qcow2").exists():
+        (folder / "disk.qcow2").write_bytes(b"QFI\xfb an image")
+    return folder
+
+
 def machine(h: Host, name: str = "target-1", **changes: object) -> object:
     """A machine of 64 MiB, the least there is."""
-    disk = h.paths.images / DIGEST / "disk.qcow2"
-    spec = machine_spec(name, disk.parent)
+    spec = machine_spec(name, image_folder(h, DIGEST))
     return spec.model_copy(update={"memory_mib": MIB, **changes})
 
 
@@ -52,7 +60,7 @@ def publish_one(
     spec = machine(h, name)
     chain = parent.expected.chain if parent else (spec.image.disk,)  # type: ignore[attr-defined]
     common = {
-        "key": label.ljust(64, "0"), "machine": spec, "accelerator": Accelerator.TCG, "files": {},
+        "key": label.ljust(64, "0"), "machine": spec, "accelerator": Accelerator.TCG, "files": {}, "below": {},
         "created": 1.0, "seconds": 1.0, "versions": h.libvirt.versions(), "label": label,
         "parent": parent.id if parent else "",
     }  # fmt: skip
@@ -79,11 +87,13 @@ def publish_one(
 
 def with_image(h: Host, monkeypatch: pytest.MonkeyPatch, digest: str = DIGEST) -> GuestImage:
     """The image that baselines stand on, as one that is built here; qemu-img's part is played."""
-    folder = h.paths.images / digest
+    folder = image_folder(h, digest)
     image = SimpleNamespace(
         recipe="target-cpu", digest=digest, folder=folder, disk=folder / "disk.qcow2",
         kernel=folder / "vmlinuz", initrd=folder / "initrd.img",
-        record=SimpleNamespace(kernel_cmdline="root=/dev/vda"),
+        record=SimpleNamespace(
+            kernel_cmdline="root=/dev/vda", files=(SimpleNamespace(name="disk.qcow2", sha256=DIGEST),)
+        ),
     )  # fmt: skip
     monkeypatch.setattr(importing, "list_images", lambda _paths: (image,))
     monkeypatch.setattr(overlay, "relink", _relink)

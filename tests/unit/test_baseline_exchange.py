@@ -224,6 +224,7 @@ def external(folder: Path) -> None:
         (edited(versions={"qemu": "8.1.0", "libvirt": "9.0.0"}), PrerequisiteError, "8.1.0, here is 7.2.0"),
         (edited(accelerator="kvm"), PrerequisiteError, "kvm, here is tcg"),
         (edited(image_digest="e" * 64), NotFoundError, "e" * 64),
+        (edited(image_disk_sha256="e" * 64), PrerequisiteError, "other packages"),
         (edited(recipe="world"), NotFoundError, "world"),
         (edited(kind="disk"), ConfigError, "disk baseline"),
         (edited(devices=["0000:01:00.0"]), ConfigError, "passed-through"),

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from fakes.cells import Host, fake_overlay, host
 from fakes.saved import machine, publish_one
 
-from appliance.cell.baseline import DISK, RAM, RECORD, STATE, BaselineStore, Site, making
+from appliance.cell.baseline import DISK, RAM, RECORD, STATE, BaselineStore, Site, check_files, making
 from appliance.cell.baseline import places as places_module
 from appliance.cell.baseline.places import MARK, file_system, marked, memory_root
 from appliance.cell.ledger import Kind
+from appliance.cell.overlay import digest
 from appliance.cell.sweep import Ground, find_strays, remove
 from appliance.errors import CapacityError, ConfigError, ConflictError, LabError, NotFoundError, ResetError
 
@@ -286,3 +288,46 @@ def test_the_file_system_of_a_path(tmp_path: Path) -> None:
     assert file_system(tmp_path / "with space", mounts) == "ramfs"
     assert file_system(tmp_path, mounts) == "btrfs", "the later mount lies on top"
     assert file_system(Path("/"), mounts) == "ext4"
+
+
+# -- the layers below --------------------------------------------------------------------------------------
+
+
+def rebuilt(path: Path) -> None:
+    """Another image in the same place, as a build of the same inputs with newer packages makes it."""
+    path.unlink()
+    path.write_bytes(b"QFI\xfb another")
+
+
+def altered(path: Path) -> None:
+    stat = path.stat()
+    path.chmod(0o600)
+    path.write_bytes(path.read_bytes()[::-1])
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change", [rebuilt, altered, Path.unlink])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_layer_below_that_changed_is_noticed_before_use(
+    h: Host, change: Callable[[Path], None], depth: int
+) -> None:
+    """The image's disk, and the layer of the baseline that this one is chained on."""
+    child = publish_one(h, "child", parent=publish_one(h, "parent"))
+    check_files(child, read=True)
+    assert [p.name for p in child.below] == ["disk.qcow2", "disk.qcow2"]
+    layer = child.expected.chain[depth]
+    assert layer in child.below
+    change(layer)
+    with pytest.raises(ResetError, match="layer"):
+        check_files(child)
+
+
+def test_an_image_that_was_only_copied_back_is_read_and_good(h: Host) -> None:
+    made = publish_one(h, "clean")
+    disk = made.machine.image.disk
+    real = made.below[disk].model_copy(update={"sha256": digest(disk)})
+    made = made.model_copy(update={"below": {disk: real}})
+    content = disk.read_bytes()
+    disk.unlink()
+    disk.write_bytes(content)
+    check_files(made)

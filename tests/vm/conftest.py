@@ -62,10 +62,7 @@ def world_spec(paths: Paths, name: str, role: Role) -> MachineSpec:
     """A small machine of the world image in any role."""
     image = find_image("world", paths)
     assert image is not None, "the image world is not built: hotcell build world"
-    guest = GuestImage(
-        recipe="world", digest=image.digest, disk=image.disk, kernel=image.kernel, initrd=image.initrd,
-        cmdline=image.record.kernel_cmdline,
-    )  # fmt: skip
+    guest = GuestImage.of(image)
     return MachineSpec(name=name, role=role, image=guest, memory_mib=256, vcpus=1)
 
 

@@ -121,7 +121,8 @@ def _manifest(baseline: Baseline, sources: dict[str, tuple[Path, FileFact]]) -> 
     return Manifest(
         format=1, name=baseline.id, kind=baseline.kind, machine=machine.name, role=machine.role,
         memory_mib=machine.memory_mib, vcpus=machine.vcpus, devices=machine.devices,
-        recipe=machine.image.recipe, image_digest=machine.image.digest, accelerator=baseline.accelerator,
+        recipe=machine.image.recipe, image_digest=machine.image.digest,
+        image_disk_sha256=machine.image.disk_sha256, accelerator=baseline.accelerator,
         versions=baseline.versions, host_cpu=cpu_fingerprint(),
         expected=baseline.expected.model_dump(mode="json", exclude={"chain", "ram_file"}),
         layers=tuple(n for n in sources if n not in (RAM, STATE)),

@@ -87,6 +87,7 @@ def import_(shop: Workshop, folder: Path, name: str | None, owner: str, progress
     label = _label(shop, manifest, name)
     _require_fit(shop, manifest)
     machine = _machine(_image(shop, manifest), manifest)
+    _require_same_bits(machine.image, manifest)
     require_room(
         shop.paths.baselines,
         memory=0,
@@ -98,7 +99,7 @@ def import_(shop: Workshop, folder: Path, name: str | None, owner: str, progress
         chain = _relink(site, manifest, machine.image.disk)
         fields: dict[str, Any] = {
             "key": hashlib.sha256(f"import {label} {secrets.token_hex(16)}".encode()).hexdigest(),
-            "machine": machine, "accelerator": shop.accelerator, "files": {}, "created": time.time(),
+            "machine": machine, "accelerator": shop.accelerator, "files": {}, "below": {}, "created": time.time(),
             "versions": shop.libvirt.versions(), "folder": site.final, "label": label, "created_by": "import",
             "seconds": time.monotonic() - began,
         }  # fmt: skip
@@ -147,11 +148,18 @@ def _image(shop: Workshop, manifest: Manifest) -> Image:
     )
 
 
+def _require_same_bits(image: GuestImage, manifest: Manifest) -> None:
+    if image.disk_sha256 != manifest.image_disk_sha256:
+        raise PrerequisiteError(
+            f"the image {image.recipe} {image.digest[:12]} was built here of the same inputs, and came out with "
+            f"other packages than the one that {manifest.name} stands on: its disk has sha256 "
+            f"{image.disk_sha256}, expected {manifest.image_disk_sha256}",
+            hint=f"copy that image's folder into {image.disk.parent.parent}",
+        )
+
+
 def _machine(image: Image, manifest: Manifest) -> MachineSpec:
-    guest = GuestImage(
-        recipe=image.recipe, digest=image.digest, disk=image.disk, kernel=image.kernel, initrd=image.initrd,
-        cmdline=image.record.kernel_cmdline,
-    )  # fmt: skip
+    guest = GuestImage.of(image)
     return MachineSpec(
         name=manifest.machine, role=manifest.role, image=guest, memory_mib=manifest.memory_mib,
         vcpus=manifest.vcpus, devices=manifest.devices,

@@ -42,6 +42,7 @@ class Manifest(Frozen):
     devices: tuple[PciAddress, ...]
     recipe: Name
     image_digest: Sha256
+    image_disk_sha256: Sha256
     accelerator: Accelerator
     versions: Annotated[dict[_Word, _Word], Field(max_length=16)]
     host_cpu: Sha256

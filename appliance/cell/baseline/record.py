@@ -43,12 +43,16 @@ class ColdExpected(Frozen):
 
 
 class Saved(Frozen):
-    """What every baseline has. ``key`` is what it was made from; equal key, equal baseline."""
+    """What every baseline has. ``key`` is what it was made from; equal key, equal baseline.
+
+    ``below`` are the layers under its disk that lie elsewhere, down to the image's.
+    """
 
     key: str
     machine: MachineSpec
     accelerator: Accelerator
     files: dict[str, FileFact]
+    below: dict[Path, FileFact]
     created: float
     seconds: float
     versions: dict[str, str]
@@ -171,15 +175,24 @@ def publish(record: Baseline, folder: Path, layers: Sequence[str] = ()) -> Basel
             )
         shutil.rmtree(record.folder)
     # Facts are taken after the last change of any inode field; a rename changes only the folder's.
-    record = record.model_copy(update={"files": {part: file_fact(path) for part, path in places.items()}})
+    files = {part: file_fact(path) for part, path in places.items()}
+    own = {record.path(part) for part in files}
+    below = {path: _layer_fact(record, path) for path in record.expected.chain if path not in own}
+    record = record.model_copy(update={"files": files, "below": below})
     (folder / RECORD).write_text(record.model_dump_json(indent=1))
     folder.rename(record.folder)
     return record
 
 
-def file_fact(path: Path) -> FileFact:
-    """Read a file once and note its digest and its inode's signs."""
-    sha256 = overlay.digest(path)
+def _layer_fact(record: Baseline, path: Path) -> FileFact:
+    """Of a layer below; an image's own manifest tells its digest, and has to be right."""
+    image = record.machine.image
+    return file_fact(path, image.disk_sha256 if path == image.disk else "")
+
+
+def file_fact(path: Path, sha256: str = "") -> FileFact:
+    """A file's digest, read now unless it is known, and its inode's signs."""
+    sha256 = sha256 or overlay.digest(path)
     stat = path.stat()
     return FileFact(
         sha256=sha256,
@@ -217,25 +230,31 @@ def find(paths: Paths, machine: str, key: str) -> Baseline | None:
 
 
 def check_files(baseline: Baseline, *, read: bool = False) -> None:
-    """Make sure that a baseline's files are what was recorded, before they are used.
+    """Make sure that a baseline's files, and the layers below them, are what was recorded, before they are used.
 
-    Inode signs are compared every time (microseconds); content is read if ``read`` or if a sign differs.
+    Inode signs are compared every time (microseconds); content is read if a sign differs, and with ``read`` that
+    of the baseline's own files in any case. An image that was built anew has other signs and other content.
 
     Raises:
         ResetError: a file is missing or its content changed.
     """
     for part, fact in baseline.files.items():
-        path = baseline.path(part)
-        try:
-            stat = path.stat()
-        except OSError as e:
-            raise ResetError(
-                f"baseline {baseline.id} has lost {part}: {e}", hint="delete it; it is made anew"
-            ) from e
-        same = (stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns) == (
-            fact.size, fact.inode, fact.mtime_ns, fact.ctime_ns,
-        )  # fmt: skip
-        if (read or not same) and overlay.digest(path) != fact.sha256:
-            raise ResetError(
-                f"baseline {baseline.id}: {part} is not what was saved", hint="delete it; it is made anew"
-            )
+        _check_file(baseline, part, baseline.path(part), fact, read=read)
+    for path, fact in baseline.below.items():
+        _check_file(baseline, f"the layer {path}", path, fact, read=False)
+
+
+def _check_file(baseline: Baseline, part: str, path: Path, fact: FileFact, *, read: bool) -> None:
+    try:
+        stat = path.stat()
+    except OSError as e:
+        raise ResetError(
+            f"baseline {baseline.id} has lost {part}: {e}", hint="delete it; it is made anew"
+        ) from e
+    same = (stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns) == (
+        fact.size, fact.inode, fact.mtime_ns, fact.ctime_ns,
+    )  # fmt: skip
+    if (read or not same) and overlay.digest(path) != fact.sha256:
+        raise ResetError(
+            f"baseline {baseline.id}: {part} is not what was saved", hint="delete it; it is made anew"
+        )

@@ -94,7 +94,7 @@ def make(
             template.wait_for_agent(AGENT_LIMIT_S)
             warm(template)
             common: dict[str, Any] = {
-                "key": key, "machine": machine, "accelerator": shop.accelerator, "files": {},
+                "key": key, "machine": machine, "accelerator": shop.accelerator, "files": {}, "below": {},
                 "versions": shop.libvirt.versions(), "folder": site.final, "created_by": created_by,
             }  # fmt: skip
             below = (machine.image.disk,)
