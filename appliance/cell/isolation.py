@@ -135,10 +135,10 @@ def guest_paths(machine: Incarnation, peers: Sequence[Incarnation]) -> list[Path
         GuestChannelError: the guest does not answer.
     """
     spec = machine.spec.machine
+    world = next((p for p in (spec, *(p.spec.machine for p in peers)) if p.role is Role.WORLD), None)
     question = {
         "peers": [p.spec.machine.address for p in peers],
         "peers6": [p.spec.machine.address6 for p in peers],
-        "world": next((p.spec.machine.address for p in peers if p.spec.machine.role is Role.WORLD), None),
         "outside4": OUTSIDE4,
         "outside6": OUTSIDE6,
         "metadata": list(METADATA),
@@ -150,9 +150,10 @@ def guest_paths(machine: Incarnation, peers: Sequence[Incarnation]) -> list[Path
     except ValidationError as e:
         detail = printable(done.stderr.decode(errors="replace"), 300)
         raise GuestTamperError(f"path script on {machine.name}: exit status {done.rc}; {detail}") from e
-    return judge(spec.name, reply.results)
+    return judge(spec.name, reply.results, world.address if world else None)
 
 
+_RESOLVER = "dns name through the resolver"
 # name of the way out -> (key of the negative, key of its twin)
 _TWINS = {
     "ipv4 to elsewhere": ("tcp4-outside", "tcp4-peer"),
@@ -161,7 +162,7 @@ _TWINS = {
     "metadata 100.100.100.200": ("tcp4-metadata-1", "tcp4-peer"),
     "metadata 168.63.129.16": ("tcp4-metadata-2", "tcp4-peer"),
     "dns to elsewhere": ("udp-outside", "udp-peer"),
-    "dns name through the resolver": ("resolve-outside", "udp-peer"),
+    _RESOLVER: ("resolve-outside", "udp-peer"),
     "strangers on the segment, arp": ("arp-strangers", "arp-peers"),
     "strangers on the link, ipv6 multicast": ("nd-strangers", "nd-peers"),
 }
@@ -171,15 +172,18 @@ _SHUT = ("timeout", "unreachable", "none")
 _WORKS = ("open", "refused", "answered")
 
 
-def judge(machine: str, results: dict[str, str]) -> list[PathResult]:
+def judge(machine: str, results: dict[str, str], world: str | None = None) -> list[PathResult]:
     """Three-valued outcomes from the raw results of both halves. Pure.
 
-    A result that is missing or not a known word makes its way out ``unverified``.
+    A result that is missing or not a known word makes its way out ``unverified``. ``world`` is the address of
+    the cell's world machine, which resolves every name to itself: its answer, and no other beside it, is not
+    one from outside.
     """
     judged = []
     for name, (negative_key, positive_key) in _TWINS.items():
         negative, positive = results.get(negative_key, "missing"), results.get(positive_key, "missing")
-        shut = negative.split(" ")[0] in _SHUT
+        by_world = name == _RESOLVER and world is not None and negative == f"answered by {world}"
+        shut = by_world or negative.split(" ")[0] in _SHUT
         works = positive.split(" ")[0] in _WORKS
         known = shut or negative.split(" ")[0] in _WORKS
         outcome: Literal["held", "leaked", "unverified"]

@@ -90,6 +90,40 @@ def test_held_only_ever_with_known_words_on_both_sides(results: dict[str, str]) 
         assert r.positive.isprintable()
 
 
+def resolver(said: str, world: str | None, twin: str = "answered") -> str:
+    negative, positive = isolation._TWINS[isolation._RESOLVER]
+    judged = judge("origin", HELD | {negative: said, positive: twin}, world)
+    others = {r.outcome for r in judged if negative not in isolation._TWINS[r.name]}
+    assert others <= {"held", "unverified"}
+    return next(r.outcome for r in judged if r.name == isolation._RESOLVER)
+
+
+@pytest.mark.parametrize(
+    ("said", "world", "twin", "outcome"),
+    [
+        ("answered by 10.77.0.1", "10.77.0.1", "answered", "held"),
+        ("none", "10.77.0.1", "answered", "held"),
+        # without a twin nothing was learned, whoever answered
+        ("answered by 10.77.0.1", "10.77.0.1", "timeout", "unverified"),
+        # there is no world, or it is not (only) the world that answers
+        ("answered by 10.77.0.1", None, "answered", "leaked"),
+        ("answered by 10.77.0.11", "10.77.0.1", "answered", "leaked"),
+        ("answered by 10.77.0.1 192.0.2.53", "10.77.0.1", "answered", "leaked"),
+        ("answered by 192.0.2.53 10.77.0.1", "10.77.0.1", "answered", "leaked"),
+        ("answered by", "10.77.0.1", "answered", "leaked"),
+        ("answered", "10.77.0.1", "answered", "leaked"),
+    ],
+)
+def test_only_the_worlds_own_answer_is_no_leak(said: str, world: str | None, twin: str, outcome: str) -> None:
+    assert resolver(said, world, twin) == outcome
+
+
+@pytest.mark.parametrize("name", [w for w in WAYS if w != isolation._RESOLVER])
+def test_the_worlds_answer_is_a_leak_on_every_other_way(name: str) -> None:
+    judged = judge("origin", HELD | {isolation._TWINS[name][0]: "answered by 10.77.0.1"}, "10.77.0.1")
+    assert {r.name for r in judged if r.outcome == "leaked"} == {name}
+
+
 # -- the namespace -------------------------------------------------------------------------------------
 
 LO = Link(1, "lo", "loopback", True, None)
@@ -211,6 +245,26 @@ def test_qemu_in_the_hosts_namespace_is_not_sealed(machine: Incarnation) -> None
 
 def test_all_held_from_an_honest_guest(machine: Incarnation) -> None:
     assert {r.outcome for r in guest_paths(machine, [machine])} == {"held"}
+
+
+def test_a_cell_with_a_world_is_held_on_all_its_machines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every machine's resolver is the world, the world's own too."""
+    FakeNet().install(monkeypatch)
+    libvirt, ledger = FakeLibvirt(tmp_path), Ledger(tmp_path / "l.db")
+    made = {n: incarnation(tmp_path, libvirt, ledger, n) for n in ("origin", "world")}
+    for m in made.values():
+        m.start()
+        m.resume()
+        m.plug()
+        libvirt.guest(m.name).paths["resolve-outside"] = "answered by 10.77.0.1"
+    results = paths_from_all(list(made.values()))
+    assert {r.machine for r in results} == {"origin", "world"}
+    assert {r.outcome for r in results} == {"held"}
+    made["world"].unplug()
+    leaked = {(r.machine, r.name) for r in paths_from_all(list(made.values())) if r.outcome == "leaked"}
+    assert ("origin", isolation._RESOLVER) in leaked, "a world that is cut off cannot have answered"
 
 
 @pytest.mark.parametrize(

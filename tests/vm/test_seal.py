@@ -52,9 +52,11 @@ def test_no_way_out_from_inside_any_machine(open_cell: OpenCell) -> None:
 def test_the_world_is_no_way_out_either(open_cell: OpenCell) -> None:
     """With a default route and a resolver that answer, there still is nothing behind them."""
     cell = open_cell("origin", "world")
-    results = [r for r in paths_from_all(list(cell.machines.values())) if r.machine == "origin"]
-    held = {r.name for r in results if r.outcome == "held"}
-    assert {r.name for r in results} - held <= {"dns name through the resolver"}, results
+    results = paths_from_all(list(cell.machines.values()))
+    assert len(results) == 2 * WAYS_OUT
+    assert {r.outcome for r in results} == {"held"}, [r for r in results if r.outcome != "held"]
+    resolver = next(r for r in results if r.name == "dns name through the resolver" and r.machine == "origin")
+    assert resolver.negative == f"answered by {cell.machine('world').spec.machine.address}"
 
 
 def test_a_machine_without_a_peer_is_unverified_not_held(open_cell: OpenCell) -> None:
