@@ -24,6 +24,9 @@ class Journal(Protocol):
 class Capture(Protocol):
     """A running packet capture."""
 
+    def problem(self) -> str:
+        """Empty while it runs well; else why it cannot be believed. Cheap: asked several times a second."""
+
     def finish(self) -> CaptureHealth:
         """Show that it still sees frames, end it, count what was lost."""
 

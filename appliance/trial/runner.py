@@ -24,6 +24,7 @@ from appliance.cell.proof import Proof
 from appliance.errors import GuestChannelError, GuestTamperError, HotcellError, LabError, SealError
 from appliance.model import Role, Stopped, TrialState, printable
 from appliance.trial import records, subject
+from appliance.trial.guard import TrialGuard
 from appliance.trial.plan import Plan
 from appliance.trial.ports import Capture, Evidence
 from appliance.trial.probing import Phase, probe
@@ -68,6 +69,7 @@ class TrialRun:
         self._progress = Progress()
         self._stream: EventStream | None = None
         self._capture: Capture | None = None
+        self._guard = TrialGuard(setting.cell, plan.header.limits.disk_mb, self._journal, setting.stop)
 
     @property
     def _cell(self) -> Cell:
@@ -142,6 +144,7 @@ class TrialRun:
     def _start_capture(self) -> None:
         self._enter(TrialState.CAPTURING)
         self._capture = self._s.evidence.start_capture(self._cell.bridge)
+        self._guard.begin(self._capture)
         self._journal.write("capture-confirmed", interface=self._cell.bridge)
 
     def _preflight(self) -> None:
@@ -187,6 +190,7 @@ class TrialRun:
             lambda sample: self._s.evidence.append(records.SAMPLES, sample), self._s.stop,
         )  # fmt: skip
         wall = time.monotonic() - began
+        self._guard.hold_disks()
         self._enter(TrialState.STOPPING)
         self._journal.write("stopping", reason=stopped.value, seconds=round(wall, 1))
         notes = [] if stopped is Stopped.MACHINE_DOWN else [subject.stop_agent(origin)]
@@ -270,6 +274,7 @@ class TrialRun:
         self._enter(TrialState.COLLECTING)
         if self._capture is None:
             raise LabError("the capture is gone before it was finished")
+        self._guard.release_capture()
         health = self._capture.finish()
         self._capture = None
         self._s.evidence.write(records.CAPTURE_HEALTH, health)
@@ -278,7 +283,10 @@ class TrialRun:
         self._s.stop.check()
         with self._progress.lock:
             tampering = tuple(self._progress.tampering)
-        self._s.evidence.write(records.ENDING, ending.model_copy(update={"tampering": tampering}))
+        notes = (*ending.notes, *self._guard.notes)
+        self._s.evidence.write(
+            records.ENDING, ending.model_copy(update={"tampering": tampering, "notes": notes})
+        )
         findings = [self._inspect(t) for t in self._targets]
         self._s.evidence.write(records.DISKS, findings)
         self._journal.write(
@@ -299,6 +307,7 @@ class TrialRun:
 
     def _make_reference(self) -> None:
         """Ask a pristine origin what the replica was asked; the run is over and its machines are gone."""
+        self._guard.dismiss()
         self._cell.destroy_machines()
         targets = {m.name for m in self._plan.of_role(Role.TARGET)}
         prompts = [p.prompt for p in self._probes if p.model is not None and p.machine in targets]
@@ -334,6 +343,7 @@ class TrialRun:
         try:
             with suppress(HotcellError, OSError):
                 self._cell.cut()
+            self._guard.dismiss()
             if self._capture is not None:
                 with suppress(HotcellError, OSError):
                     self._capture.abandon()

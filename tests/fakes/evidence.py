@@ -44,7 +44,11 @@ class FakeCapture:
     def __init__(self, *, healthy: bool = True) -> None:
         self.finished = 0
         self.abandoned = 0
+        self.trouble = ""
         self._healthy = healthy
+
+    def problem(self) -> str:
+        return "tcpdump ended early" if self.finished + self.abandoned else self.trouble
 
     def finish(self) -> CaptureHealth:
         self.finished += 1

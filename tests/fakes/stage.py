@@ -16,7 +16,7 @@ from appliance.cell.incarnation import Incarnation
 from appliance.cell.isolation import SealFact
 from appliance.errors import HotcellError
 from appliance.model import TrialState
-from appliance.trial import watch
+from appliance.trial import guard, watch
 from appliance.trial.plan import Plan
 from appliance.trial.runner import Setting, TrialRun
 from appliance.trial.stop import StopFlag
@@ -75,6 +75,7 @@ class Stage:
 
     def __init__(self, made: Host, given: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(watch, "_TICK_S", 0.005)
+        monkeypatch.setattr(guard, "_TICK_S", 0.005)
         self.host = made
         self.plan = given
         self.evidence = FakeEvidence(made.paths.open_trials)

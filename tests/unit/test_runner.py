@@ -14,6 +14,7 @@ from fakes.stage import MODEL, Stage, event_line, stage
 
 from appliance.cell import proof
 from appliance.cell.events import EventStream
+from appliance.cell.incarnation import Incarnation
 from appliance.cell.isolation import SealFact
 from appliance.cell.libvirt_door import DomainState
 from appliance.errors import (
@@ -26,7 +27,8 @@ from appliance.errors import (
     SealError,
 )
 from appliance.model import Stopped, TrialState
-from appliance.trial import records
+from appliance.trial import records, runner
+from appliance.trial.probing import probe
 from appliance.trial.records import Ending, PathCheck, Probe, Reference, ResetProof
 from appliance.trial.runner import TrialRun
 from appliance.trial.stop import TrialAborted
@@ -46,7 +48,8 @@ ORDER = [
 def s(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     with stage(monkeypatch) as made:
         yield made
-        assert not [t for t in threading.enumerate() if t.name.startswith("events-")], "the reader has ended"
+        left = [t.name for t in threading.enumerate() if t.name.startswith(("events-", "guard-"))]
+        assert not left, "the reader and the guard have ended"
 
 
 def ending(s: Stage) -> Ending:
@@ -239,14 +242,152 @@ def test_a_limit_ends_the_run(
         assert not s.host.guest("origin").agent_runs, "the agent was stopped"
 
 
+# -- guarded beside the runner ---------------------------------------------------------------------------
+
+
+def cut_within(s: Stage, seconds: float) -> bool:
+    """Whether every link is cut, soon enough, whatever the runner waits for."""
+    deadline = time.monotonic() + seconds
+    while s.host.net.plugged and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return not s.host.net.plugged
+
+
+def test_a_capture_that_dies_in_the_run_stops_it_as_the_labs_failure(s: Stage) -> None:
+    s.talk = [event_line("start")]  # else it goes on until its wall clock, 30 s
+    s.on_state[TrialState.RUNNING] = lambda: setattr(s.evidence.capture, "trouble", "tcpdump ended early\x1b")
+    began = time.monotonic()
+    with pytest.raises(TrialAborted, match="capture failed while it was needed: tcpdump ended early"):
+        s.run()
+    assert time.monotonic() - began < 8
+    assert s.stop.failure, "nobody asked for it: it is void, not aborted"
+    assert s.stop.reason.isprintable()
+    assert "stopping" not in s.events
+    assert s.host.left == []
+
+
+def test_a_capture_that_dies_between_probes_stops_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    with stage(monkeypatch, plan(limits=LIMITS.model_copy(update={"lasting_s": 3600}))) as s:
+
+        def dies(event: str) -> None:
+            if event == "origin-frozen":
+                s.evidence.capture.trouble = "tcpdump ended early"
+
+        s.evidence.journal.on_write = dies
+        with pytest.raises(TrialAborted, match="capture failed"):
+            s.run()
+        assert s.stop.failure
+        assert s.host.left == []
+
+
+def test_a_dead_capture_cuts_the_cell_while_a_guest_holds_the_runner_up(
+    s: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut: list[bool] = []
+
+    def slow(machine: Incarnation, phase: str, *more: object, **named: object) -> Probe:
+        if phase == "origin-frozen" and not cut:
+            assert s.host.net.plugged
+            s.evidence.capture.trouble = "tcpdump ended early"
+            cut.append(cut_within(s, 5))
+        return probe(machine, phase, *more, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(runner, "probe", slow)
+    with pytest.raises(TrialAborted, match="capture failed"):
+        s.run()
+    assert cut == [True]
+
+
+def test_a_guard_that_fails_stops_the_trial(s: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    s.talk = [event_line("start")]
+
+    def defect() -> str:
+        raise ZeroDivisionError("a defect")
+
+    s.on_state[TrialState.RUNNING] = lambda: monkeypatch.setattr(s.evidence.capture, "problem", defect)
+    with pytest.raises(TrialAborted, match=r"no longer guarded: ZeroDivisionError: a defect"):
+        s.run()
+    assert s.stop.failure
+    assert s.host.left == []
+
+
+def fills(s: Stage, monkeypatch: pytest.MonkeyPatch, name: str) -> Callable[[], None]:
+    """A call that makes a machine have written twice its limit."""
+    full: list[str] = []
+    limit = s.plan.header.limits.disk_mb * 1_000_000
+    monkeypatch.setattr(Incarnation, "written", lambda m: 2 * limit if m.name in full else limit)
+    return lambda: full.append(name)
+
+
+def test_a_target_that_fills_its_disk_while_it_is_probed_is_held(
+    s: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run is over, and yet its machines run on: the limit is theirs until they are inspected."""
+    fill, held = fills(s, monkeypatch, "target-1"), list[tuple[DomainState, bool]]()
+
+    def slow(machine: Incarnation, phase: str, *more: object, **named: object) -> Probe:
+        if phase == "origin-frozen" and not held:
+            fill()
+            deadline = time.monotonic() + 5
+            while machine.state is DomainState.RUNNING and time.monotonic() < deadline:
+                time.sleep(0.01)
+            held.append((machine.state, machine.plugged))
+        return probe(machine, phase, *more, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(runner, "probe", slow)
+    s.run()
+    assert held == [(DomainState.PAUSED, False)]
+    assert s.evidence.journal.of("disk-held") == [
+        {"machine": "target-1", "written": 20_000_000, "limit": 10_000_000}
+    ]
+    assert ending(s).stopped is Stopped.FINISHED, "the trial counts"
+    assert "target-1 was cut and paused: it wrote 20 MB of 10" in ending(s).notes
+    assert s.evidence.inspected == [("target-1", "none")]
+    assert s.host.left == []
+
+
+@pytest.mark.parametrize("name", ["origin", "target-1"])
+def test_the_machine_that_ended_the_run_at_its_disk_limit_is_held(
+    s: Stage, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    s.talk, s.on_state[TrialState.RUNNING] = [event_line("start")], fills(s, monkeypatch, name)
+    s.run()
+    assert ending(s).stopped is Stopped.DISK_LIMIT, "and not that its machine went down"
+    assert [f["machine"] for f in s.evidence.journal.of("disk-held")] == [name]
+    assert s.events.index("disk-held") < s.events.index("stopping"), "before anybody asks the guest anything"
+    assert s.host.left == []
+
+
+def test_a_machine_that_cannot_be_paused_is_killed(s: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[str] = []
+    monkeypatch.setattr(Incarnation, "kill", lambda m: killed.append(m.name) or True)
+    s.on_state[TrialState.RUNNING] = fills(s, monkeypatch, "target-1")
+    s.host.libvirt.refuse.add("suspend target-1")
+    s.talk = [event_line("start")]
+    s.run()
+    assert killed == ["target-1"]
+
+
+def test_a_world_that_resolves_every_name_starts_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    with stage(monkeypatch, plan("target-1", "world")) as s:
+        for m in s.plan.machines:
+            s.host.guest(m.name).paths["resolve-outside"] = "answered by 10.77.0.1"
+        s.run()
+        assert s.evidence.journal.of("preflight") == [{"held": 27, "leaked": 0, "unverified": 0}]
+        assert ending(s).stopped is Stopped.FINISHED
+        assert s.host.left == []
+
+
 # -- stopping it -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("state", STATES)
 def test_an_abort_in_any_state_leaves_nothing(s: Stage, state: TrialState) -> None:
     s.on_state[state] = s.abort
-    with pytest.raises(TrialAborted, match="aborted on request"):
+    # A condemned cell restores and plugs nothing, and says so before the runner's next look at the flag.
+    with pytest.raises((TrialAborted, LabError), match=r"aborted on request|cut for good"):
         s.run()
+    assert s.stop.requested
     assert s.states[-1] is state, "no further state is entered"
     assert s.host.left == []
     capture = s.evidence.capture
