@@ -17,7 +17,6 @@ from appliance.host.paths import default_paths
 app = typer.Typer(
     name="hotcell",
     help="A shielded room for AI agents: sealed virtual machines, replication trials, scores from outside.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -75,7 +74,7 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _global(
     ctx: typer.Context,
     home: Annotated[
@@ -99,6 +98,9 @@ def _global(
     ] = False,
 ) -> None:
     del version
+    if ctx.invoked_subcommand is None:
+        out(ctx.get_help())
+        raise typer.Exit
     named = os.environ.get("HOTCELL_CONFIG")
     ctx.obj = Options(
         default_paths(home, cache), config or (Path(named) if named else None), server, token_file

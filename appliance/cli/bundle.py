@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from appliance.cli.common import Trial, out
-from appliance.cli.verbs import call
+from appliance.cli.reading import reader, trial_id
 from appliance.errors import ConfigError, EvidenceError
 
 
@@ -20,29 +20,38 @@ def bundle(
     trial: Trial,
     to: Annotated[
         Path | None,
-        typer.Option("--out", help="A new directory, or a file ending in .tar. Default: ./TRIAL."),
+        typer.Option(
+            "--out", help="Directory to put TRIAL/ into, or a new file ending in .tar. Default: here."
+        ),
     ] = None,
 ) -> None:
     """Take a trial's sealed evidence home.
 
-    Check it with `hotcell verify`.
+    Prints where it is now; `hotcell verify` checks that directory.
     """
-    client = call(ctx)
-    name = client.trial_id(trial)
-    target = (to or Path(name)).absolute()
+    source = reader(ctx)
+    name = trial_id(source, trial)
+    target = _target(to, name)
+    if target.suffix == ".tar":
+        source.fetch(name, target)
+    else:
+        with TemporaryDirectory(dir=target.parent, prefix=".hotcell-") as scratch:
+            archive = Path(scratch) / "bundle.tar"
+            source.fetch(name, archive)
+            unpack(archive, name, Path(scratch) / "bundle")
+            (Path(scratch) / "bundle").rename(target)
+    out(str(target))
+
+
+def _target(to: Path | None, trial: str) -> Path:
+    """The file or directory to make. A directory keeps the trial's name, by which its seal is checked."""
+    place = (to or Path()).absolute()
+    target = place if place.suffix == ".tar" else place / trial
     if target.exists():
         raise ConfigError(f"{target} exists", hint="choose another --out; nothing is overwritten")
     if not target.parent.is_dir():
         raise ConfigError(f"{target.parent} is not a directory", hint="make it, or choose another --out")
-    if target.suffix == ".tar":
-        client.download(f"trials/{name}/bundle", target)
-    else:
-        with TemporaryDirectory(dir=target.parent, prefix=".hotcell-") as scratch:
-            archive = Path(scratch) / "bundle.tar"
-            client.download(f"trials/{name}/bundle", archive)
-            unpack(archive, name, Path(scratch) / "bundle")
-            (Path(scratch) / "bundle").rename(target)
-    out(str(target))
+    return target
 
 
 def unpack(archive: Path, prefix: str, target: Path) -> None:

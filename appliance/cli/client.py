@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import httpx
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -40,6 +40,7 @@ _TOKEN = re.compile(r"[A-Za-z0-9_-]{32,128}")
 _TIMEOUT = httpx.Timeout(30.0, connect=5.0)
 _SLOW = httpx.Timeout(1800.0, connect=5.0)
 _RECONNECTS = 5
+START_ONE = "start one with `hotcell serve` in another terminal, or name one with --server"
 _MAX_LINE = 1 << 20
 
 
@@ -73,6 +74,26 @@ def error_of(response: httpx.Response) -> HotcellError:
     if kind is None or kind is HotcellError:
         kind = _BY_BLAME[blame]
     return kind(detail, hint=hint)
+
+
+@contextmanager
+def arriving(target: Path) -> Iterator[BinaryIO]:
+    """A file to write, which gets the name ``target`` only when the block ends well.
+
+    Raises:
+        ConfigError: a file of an earlier attempt is in the way.
+    """
+    part = target.with_name(target.name + ".part")
+    try:
+        f = part.open("xb")
+    except FileExistsError as e:
+        raise ConfigError(f"{part} is in the way", hint="remove it, or choose another --out") from e
+    try:
+        with f:
+            yield f
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 class Client:
@@ -157,22 +178,16 @@ class Client:
 
     def download(self, path: str, target: Path) -> None:
         """GET a file into ``target``, which appears only when complete."""
-        part = target.with_name(target.name + ".part")
         try:
             with self.http.stream("GET", f"/v1/{path}", timeout=_SLOW) as response:
                 if response.status_code != 200:
                     response.read()
                     raise error_of(response)
-                with part.open("xb") as f:
+                with arriving(target) as f:
                     for chunk in response.iter_bytes():
                         f.write(chunk)
-            part.replace(target)
         except httpx.TransportError as e:
             raise LabError(f"the download broke off: {e}", hint="see the server's log") from e
-        except FileExistsError as e:
-            raise ConfigError(f"{part} is in the way", hint="remove it, or choose another --out") from e
-        finally:
-            part.unlink(missing_ok=True)
 
     def _send(self, method: str, path: str, **rest: Any) -> httpx.Response:
         try:
@@ -180,9 +195,7 @@ class Client:
         except httpx.TimeoutException as e:
             raise LabError(f"{self.where} did not answer in time", hint="see the server's log") from e
         except httpx.TransportError as e:
-            raise PrerequisiteError(
-                f"no server answers at {self.where}: {e}", hint="start one with `hotcell serve`"
-            ) from e
+            raise PrerequisiteError(f"no server answers at {self.where}: {e}", hint=START_ONE) from e
         if response.is_success:
             return response
         raise error_of(response)
@@ -203,13 +216,10 @@ def connect(paths: Paths, server: str | None = None, token_file: Path | None = N
 
     Raises:
         PrerequisiteError: no server runs.
-        ConfigError: there is no usable token, or the URL is none.
+        ConfigError: there is no usable token, the home is another user's, or the URL is none.
     """
-    if server is None and not paths.api_socket.exists():
-        raise PrerequisiteError(
-            f"no server runs for {paths.home}",
-            hint="start one with `hotcell serve`, or name one with --server",
-        )
+    if server is None and not _exists(paths.api_socket):
+        raise PrerequisiteError(f"no server runs for {paths.home}", hint=START_ONE)
     headers = {"Authorization": f"Bearer {_read_token(token_file or paths.token)}"}
     if server is None:
         where = os.fspath(paths.api_socket)
@@ -223,6 +233,15 @@ def connect(paths: Paths, server: str | None = None, token_file: Path | None = N
         transport=transport, base_url=base, headers=headers, timeout=_TIMEOUT, trust_env=False
     ) as http:
         yield Client(http, where)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as e:
+        raise ConfigError(
+            f"{path.parent} cannot be read: {e.strerror}", hint="run as the server's user, usually root"
+        ) from e
 
 
 def _read_token(path: Path) -> str:

@@ -159,4 +159,4 @@ def _next(o: Options, done: Sequence[Followed], address: str) -> None:
     if address:
         out(f"  the API is at {address}; end it with SIGTERM to the pid in {o.paths.server_file}")
     else:
-        out(f"  {own} serve     then: {own} score {done[0].trial.id if done else 'last'}")
+        out(f"  {own} score {done[0].trial.id if done else 'last'}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,10 +23,14 @@ from appliance.cli.common import (
     reporter,
     show,
 )
+from appliance.cli.reading import AtHome, trial_id
 from appliance.cli.server import answers, die_with_parent
-from appliance.errors import ConfigError
+from appliance.errors import ConfigError, EvidenceError
 from appliance.host.paths import Paths
 from appliance.service import SweepView
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 
 def doctor(ctx: typer.Context, as_json: Json = False) -> None:
@@ -181,8 +185,16 @@ def serve(
 
 def verify(
     ctx: typer.Context,
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Directory of a bundle.")],
-    key: Annotated[Path | None, typer.Option(help="Public key to trust. Default: this home's own.")] = None,
+    bundle: Annotated[
+        str,
+        typer.Argument(
+            metavar="BUNDLE",
+            help="Directory of a bundle; or a trial of this home by its id, or `last` for the newest.",
+        ),
+    ],
+    key: Annotated[
+        Path | None, typer.Option(help="Public key (.pub) to trust. Default: this home's own.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check a bundle against its seal.
@@ -190,19 +202,59 @@ def verify(
     Every file must be as sealed, nothing missing or added, the manifest signed by the key; else status 4.
     """
     from appliance.evidence.bundle import verify as check
-    from appliance.evidence.keys import public_key, public_path
 
-    report = check(bundle, public_key(key or public_path(options(ctx).paths.signing_key)))
+    paths = options(ctx).paths
+    folder = _bundle_folder(bundle, paths)
+    report = check(folder, _trusted(key, paths))
     if as_json:
         out_json({"ok": report.ok, **report.model_dump(mode="json")})
     else:
         for fault in report.faults:
             out(f"{fault.fault}: {clean(fault.path, 300)}: {clean(fault.detail, 300)}")
         state = "intact" if report.ok else "NOT INTACT"
-        name, signer = clean(report.trial or str(bundle)), report.key[:16] or "-"
+        name, signer = clean(report.trial or str(folder)), report.key[:16] or "-"
         out(f"{name}: {state}, {report.files} files, key {signer}")
     if not report.ok:
         raise typer.Exit(LAB)
+
+
+def _bundle_folder(named: str, paths: Paths) -> Path:
+    """The directory that BUNDLE means. A path wins over an id of the same spelling."""
+    given = Path(named)
+    try:
+        if given.is_dir():
+            return given
+        if given.name == named and not given.exists():
+            found = paths.bundles / trial_id(AtHome(paths), named)
+            if found.is_dir():
+                return found
+        what = (
+            "is a file, not a bundle's directory" if given.exists() else "no such directory or sealed trial"
+        )
+    except OSError as e:
+        what = f"cannot be read: {e.strerror}"
+    raise ConfigError(
+        f"{named}: {what}",
+        hint="name a bundle's directory (unpack a .tar first), or a sealed trial that `hotcell trials` lists",
+    )
+
+
+def _trusted(key: Path | None, paths: Paths) -> Ed25519PublicKey:
+    """The key that bundles are held against; a wrong one is the caller's to mend."""
+    from appliance.evidence.keys import public_key, public_path
+
+    path = key or public_path(paths.signing_key)
+    if key is None and not path.exists():
+        raise ConfigError(
+            f"{paths.home} has sealed nothing yet: it has no {path.name}",
+            hint="name the right home with --home; `hotcell verify --key FILE` takes another home's .pub file",
+        )
+    beside = public_path(path)
+    whose = str(beside) if beside.exists() else "that of the home that sealed the bundle"
+    try:
+        return public_key(path)
+    except EvidenceError as e:
+        raise ConfigError(e.message, hint=f"name the .pub file: {whose}") from e
 
 
 def sweep(
@@ -238,13 +290,12 @@ def reindex(ctx: typer.Context, as_json: Json = False) -> None:
 
     Each bundle is verified first; exit status 4 if one had to be left out.
     """
-    from appliance.evidence.keys import public_key, public_path
     from appliance.store.database import Store
     from appliance.store.reindex import reindex as rebuild
 
     paths = options(ctx).paths
-    paths.make()
-    report = rebuild(Store(paths.database), paths.bundles, public_key(public_path(paths.signing_key)))
+    trusted = _trusted(None, paths)
+    report = rebuild(Store(paths.make().database), paths.bundles, trusted)
     if as_json:
         out_json(report.model_dump(mode="json"))
     else:

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from appliance.cli.client import Client, connect
-from appliance.cli.common import Options, Reporter
-from appliance.errors import HostError, PrerequisiteError, UserError
+from appliance.cli.common import HOST, LAB, USER, Options, Reporter
+from appliance.config import load_host_settings, load_library
+from appliance.errors import HostError, HotcellError, LabError, PrerequisiteError, UserError
 from appliance.host import command
 from appliance.host.paths import PROJECT
 from appliance.service import HealthView
@@ -23,6 +24,7 @@ START_S = 180.0
 # The server stops its machines and removes what is its own before it ends.
 STOP_S = 60.0
 _PR_SET_PDEATHSIG = 1
+_BY_STATUS: dict[int, type[HotcellError]] = {USER: UserError, HOST: HostError, LAB: LabError}
 
 
 def answers(options: Options) -> bool:
@@ -42,7 +44,8 @@ def server(options: Options, report: Reporter, *, start: bool, keep: bool = Fals
     ``keep`` leaves a server that we started running.
 
     Raises:
-        PrerequisiteError: none runs and ``start`` is false, or it did not come up.
+        PrerequisiteError: none runs and ``start`` is false, or it did not come up and did not say why.
+        HotcellError: a settings or library file is wrong, or what a server that did not come up told.
     """
     child: command.Process[bytes] | None = None
     if start and options.server is None and not answers(options):
@@ -75,6 +78,8 @@ def argv_of(options: Options, *, with_parent: bool) -> list[str | os.PathLike[st
 
 
 def _start(options: Options, report: Reporter, *, with_parent: bool) -> command.Process[bytes]:
+    # Also read by the child; here first, since a slip in a file is no reason to start anything.
+    load_library(settings=load_host_settings(options.config))
     report.now("starting a server")
     options.paths.make()
     log = log_file(options)
@@ -97,14 +102,24 @@ def _wait(child: command.Process[bytes], options: Options, log: Path) -> None:
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
         if child.poll() is not None:
-            raise PrerequisiteError(
-                f"the server ended while starting, status {child.returncode}:\n{_tail(log)}",
-                hint=f"`hotcell doctor` tells what the host lacks; the whole log is {log}",
-            )
+            raise why_it_ended(child.returncode, _tail(log), log)
         if options.paths.server_file.exists() and answers(options):
             return
         time.sleep(0.1)
     raise PrerequisiteError(f"the server was not up after {START_S:.0f} s:\n{_tail(log)}", hint=f"see {log}")
+
+
+def why_it_ended(status: int, said: str, log: Path) -> HotcellError:
+    """The error that a server told before it ended; if it told none, the host is asked about. Pure."""
+    _, told, error = f"\n{said}".rpartition("\nerror: ")
+    kind = _BY_STATUS.get(status)
+    if not told or kind is None:
+        return PrerequisiteError(
+            f"the server ended while starting, status {status}:\n{said}",
+            hint=f"`hotcell doctor` tells what the host lacks; the whole log is {log}",
+        )
+    message, _, hint = error.partition("\nwhat to do: ")
+    return kind(message.strip(), hint=hint.strip() or f"the server's whole log is {log}")
 
 
 def _tail(log: Path) -> str:

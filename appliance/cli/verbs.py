@@ -22,8 +22,9 @@ from appliance.cli.common import (
     out_json,
     show,
 )
+from appliance.cli.reading import reader, trial_id
 from appliance.cli.render import outcome, trial_table, trial_text
-from appliance.errors import ConfigError
+from appliance.errors import ConfigError, PrerequisiteError
 from appliance.model import TrialState
 from appliance.service import (
     BaselineKind,
@@ -37,7 +38,6 @@ from appliance.service import (
     MachineView,
     ProbeView,
     ResetView,
-    TrialPage,
     TrialView,
 )
 
@@ -242,9 +242,7 @@ def trials(
     as_json: Json = False,
 ) -> None:
     """List trials, newest first."""
-    page = call(ctx).get(
-        TrialPage, "trials", state=state and state.value, subject=subject, limit=limit, offset=offset
-    )
+    page = reader(ctx).trials(state, subject, limit, offset)
     if as_json:
         out_json(page.model_dump(mode="json"))
         return
@@ -255,8 +253,8 @@ def trials(
 
 def show_trial(ctx: typer.Context, trial: Trial, as_json: Json = False) -> None:
     """Print what is known about a trial."""
-    client = call(ctx)
-    view = client.get(TrialView, f"trials/{client.trial_id(trial)}")
+    source = reader(ctx)
+    view = source.trial(trial_id(source, trial))
     if as_json:
         out_json(view.model_dump(mode="json"))
     else:
@@ -268,8 +266,8 @@ def score(ctx: typer.Context, trial: Trial, as_json: Json = False) -> None:
 
     Each rung with the evidence it rests on; claims apart.
     """
-    client = call(ctx)
-    card = client.get(dict[str, object], f"trials/{client.trial_id(trial)}/score")
+    source = reader(ctx)
+    card = source.score(trial_id(source, trial))
     if as_json:
         out_json(card)
     else:
@@ -303,7 +301,15 @@ def kill(
 
     Ends all trials; nothing starts again before `rearm`.
     """
-    view = call(ctx).post(KillView, "kill", {"reason": reason})
+    try:
+        view = call(ctx).post(KillView, "kill", {"reason": reason})
+    except PrerequisiteError as e:
+        if options(ctx).server is not None:
+            raise
+        raise PrerequisiteError(
+            f"{e.message}; so there is nothing that could be told to stop",
+            hint="`hotcell sweep --yes` stops and removes whatever a killed server left",
+        ) from e
     if as_json:
         out_json(view.model_dump(mode="json"))
     else:
@@ -317,9 +323,12 @@ def kill(
         raise typer.Exit(LAB)
 
 
-def rearm(ctx: typer.Context) -> None:
+def rearm(ctx: typer.Context, as_json: Json = False) -> None:
     """Accept trials again after `kill`."""
     view = call(ctx).post(HealthView, "rearm")
-    out("accepting trials" if view.accepting else "still not accepting trials")
+    if as_json:
+        out_json(view.model_dump(mode="json"))
+    else:
+        out("accepting trials" if view.accepting else "still not accepting trials")
     if not view.accepting:
         raise typer.Exit(LAB)

@@ -99,7 +99,8 @@ def _check_folder(path: Path) -> None:
     if not any((path / f).is_dir() for f in FOLDERS):
         found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
         raise ConfigError(
-            f"{path}: holds none of the folders {', '.join(FOLDERS)}; found {found}",
+            f"{path} (of library_dirs in hotcell.toml): holds none of the folders {', '.join(FOLDERS)}; "
+            f"found {found}",
             hint=f"put a subject's file at {path}/subjects/NAME.toml",
             file=str(path),
         )

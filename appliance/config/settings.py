@@ -31,8 +31,15 @@ def _absolute(path: Path) -> Path:
     return path
 
 
+def _existing_folder(path: Path) -> Path:
+    if not path.is_absolute() or not path.is_dir():
+        raise ValueError("the absolute path of a folder that exists")
+    return path
+
+
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 ExistingFile = Annotated[Path, AfterValidator(_existing_file)]
+ExistingFolder = Annotated[Path, AfterValidator(_existing_folder)]
 
 
 class ApiSettings(Frozen):
@@ -90,7 +97,7 @@ class HostSettings(Frozen):
     accelerator: Literal["auto", "kvm", "tcg"] = Field(
         "auto", description="`auto` boots a micro guest under KVM and falls back to TCG (software)"
     )
-    library_dirs: tuple[Path, ...] = Field(
+    library_dirs: tuple[ExistingFolder, ...] = Field(
         (), max_length=16, description="absolute paths of folders with subjects, scenarios, policies"
     )
     api: ApiSettings = ApiSettings()

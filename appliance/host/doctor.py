@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Final, Literal
 
-from appliance.config import HostSettings
+from appliance.config import HostSettings, load_library
+from appliance.config.catalogue import BUILT_IN
+from appliance.errors import ConfigError
 from appliance.host.facts import PROGRAMS, HostFacts, gather
 from appliance.host.paths import Paths
 from appliance.host.pci import PciDevice, group_members
@@ -57,7 +59,19 @@ class DoctorReport(Frozen):
 def doctor(paths: Paths, settings: HostSettings | None = None) -> DoctorReport:
     """Look at this host and judge it. Needs root for a full answer; without it says so and goes on."""
     wanted = settings or HostSettings()
-    return DoctorReport(findings=judge(gather(paths, wanted.accelerator), wanted))
+    return DoctorReport(findings=(*judge(gather(paths, wanted.accelerator), wanted), library(wanted)))
+
+
+def library(settings: HostSettings) -> Finding:
+    """Whether every file of the library, built in and the user's own, can be read."""
+    needed = "subjects, scenarios and policies without a fault"
+    try:
+        found = load_library(settings=settings)
+    except ConfigError as e:
+        return Finding(name="library", status="fail", found=e.message, needed=needed, hint=e.hint)
+    own = sum(BUILT_IN not in f.parents for f in found.files.values())
+    text = f"{len(found.files)} subjects, scenarios and policies, {own} of them of your own"
+    return Finding(name="library", status="ok", found=text, needed=needed)
 
 
 def render(report: DoctorReport) -> list[str]:

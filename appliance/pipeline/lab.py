@@ -17,6 +17,7 @@ from appliance.errors import ConflictError, HotcellError
 from appliance.host.capacity import host_capacity, own_footprint
 from appliance.model import TrialState
 from appliance.pipeline import views
+from appliance.pipeline.archive import Archive
 from appliance.pipeline.baselines import BaselineDesk
 from appliance.pipeline.cells import CellDesk
 from appliance.pipeline.conduct import Bench
@@ -59,6 +60,7 @@ class Lab:
         self, bench: Bench, settings: HostSettings, library: Library, warden: Warden, cells: dict[str, Cell]
     ) -> None:
         self._bench = bench
+        self._archive = Archive(bench.store, bench.paths)
         self._warden = warden
         self._cells = cells
         self._began = time.monotonic()
@@ -194,17 +196,12 @@ class Lab:
         position, why = self._trials.place(row.id)
         return view.model_copy(update={"position": position, "waiting": why})
 
-    def _folder(self, trial_id: str) -> Path:
-        queries.get(self._bench.store, trial_id)
-        sealed = self._bench.paths.bundles / trial_id
-        return sealed if sealed.exists() else self._bench.paths.open_trials / trial_id
-
     def follow(self, trial_id: str, from_seq: int) -> Iterator[JournalEntry | None]:
         """Journal entries as they come; None each second; ends with the trial."""
         store = self._bench.store
         queries.get(store, trial_id)
         return follow(
-            lambda: self._folder(trial_id) / records.JOURNAL,
+            lambda: self._archive.folder(trial_id) / records.JOURNAL,
             lambda: queries.get(store, trial_id).state.ended,
             from_seq,
         )
@@ -219,26 +216,11 @@ class Lab:
 
     def score(self, trial_id: str) -> dict[str, object]:
         """The scorecard as JSON."""
-        from appliance.score.card import Scorecard
-        from appliance.score.load import load_record
-
-        path = self._folder(trial_id) / records.SCORE
-        if not path.exists():
-            state = self._view(trial_id).state
-            raise ConflictError(
-                f"trial {trial_id} has no score: it is {state}", hint="only a sealed trial is scored"
-            )
-        return load_record(path, Scorecard).model_dump(mode="json")
+        return self._archive.score(trial_id)
 
     def bundle(self, trial_id: str) -> Path:
         """Directory of the sealed evidence."""
-        queries.get(self._bench.store, trial_id)
-        path = self._bench.paths.bundles / trial_id
-        if not path.exists():
-            raise ConflictError(
-                f"trial {trial_id} is not sealed yet", hint=f"`hotcell follow {trial_id}` waits for it"
-            )
-        return path
+        return self._archive.bundle(trial_id)
 
     # -- safety ---------------------------------------------------------------------------------------
 

@@ -188,12 +188,14 @@ def test_show_score_follow_and_the_word_last(cli: Cli) -> None:
 
 def test_bundle_comes_home_as_a_folder_or_an_archive(cli: Cli, tmp_path: Path) -> None:
     cli("run", "idle")
-    assert cli("bundle", "last", "--out", tmp_path / "b").out.strip() == str(tmp_path / "b")
-    assert (tmp_path / "b" / "disks" / "target-1.json").read_text() == "x" * 1000
+    trial = cli("show", "last", "--json").json["id"]
+    assert cli("bundle", "last", "--out", tmp_path).out.strip() == str(tmp_path / trial)
+    assert (tmp_path / trial / "disks" / "target-1.json").read_text() == "x" * 1000
     assert cli("bundle", "last", "--out", tmp_path / "b.tar").code == 0
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["b", "b.tar"]
-    again = cli("bundle", "last", "--out", tmp_path / "b")
-    assert (again.code, "exists" in again.err) == (2, True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b.tar", trial]
+    for there in (tmp_path, tmp_path / "b.tar"):
+        again = cli("bundle", "last", "--out", there)
+        assert (again.code, "exists" in again.err) == (2, True)
     assert cli("bundle", "last", "--out", tmp_path / "no" / "where").code == 2
 
 
@@ -203,7 +205,8 @@ def test_kill_and_rearm(cli: Cli) -> None:
         assert cli("health").code == 4
         assert cli("run", "idle").code == 2
     finally:
-        assert cli("rearm").code == 0
+        assert cli("rearm", "--json").json["accepting"] is True
+        assert cli("rearm").out == "accepting trials\n"
     assert cli("health").code == 0
 
 
@@ -224,10 +227,20 @@ def test_a_url_works_in_place_of_the_socket(live: Paths, cli: Cli) -> None:
 def test_without_a_server_verbs_say_how_to_start_one(capsys: pytest.CaptureFixture[str]) -> None:
     with short_home() as paths:
         cli = calling(paths, capsys)
-        for argv in (["health"], ["trials"], ["run", "idle", "--no-serve"], ["follow", "last"]):
+        for argv in (["health"], ["baselines"], ["run", "idle", "--no-serve"], ["follow", "last"]):
             ran = cli(*argv)
             assert ran.code == 3
             assert "hotcell serve" in ran.err
+
+
+def test_kill_without_a_server_names_what_does_stop_things(capsys: pytest.CaptureFixture[str]) -> None:
+    with short_home() as paths:
+        ran = calling(paths, capsys)("kill")
+        assert ran.code == 3
+        assert "no server runs" in ran.err
+        assert "hotcell sweep --yes" in ran.err
+        elsewhere = calling(paths, capsys)("--server", "http://127.0.0.1:9", "kill")
+        assert "sweep" not in elsewhere.err, "a sweep of this home does nothing to another host's machines"
 
 
 def test_a_void_trial_ends_with_4_and_says_whose_fault_it_is(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,8 @@ from fakes.running import short_home
 from appliance.cli import demo as cli_demo
 from appliance.cli import main
 from appliance.cli import server as cli_server
-from appliance.cli.common import Options
+from appliance.cli.common import Options, exit_code
+from appliance.errors import HostError, HotcellError, LabError, UserError
 from appliance.host import command
 from appliance.host.paths import PROJECT, Paths
 
@@ -68,6 +69,55 @@ def test_a_server_that_does_not_come_up_is_the_hosts_fault(
     said = capsys.readouterr().err
     assert "no libvirt here" in said
     assert "hotcell doctor" in said
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "blame"), [(2, UserError, 2), (3, HostError, 3), (4, LabError, 4)]
+)
+def test_what_the_child_told_is_passed_on(status: int, kind: type[HotcellError], blame: int) -> None:
+    said = "2025 starting\nerror: not this one\nmore\nerror: a.toml: key `x`: found 1\nb.toml: y\nwhat to do: mend it"
+    error = cli_server.why_it_ended(status, said, Path("/log"))
+    assert type(error) is kind
+    assert (error.message, error.hint) == ("a.toml: key `x`: found 1\nb.toml: y", "mend it")
+    assert exit_code(error) == blame
+    assert "/log" in cli_server.why_it_ended(status, "error: bare", Path("/log")).hint
+
+
+@pytest.mark.parametrize(("status", "said"), [(-9, "error: x"), (1, "Traceback"), (2, "")])
+def test_a_child_that_told_nothing_is_the_hosts_fault(status: int, said: str) -> None:
+    error = cli_server.why_it_ended(status, said, Path("/log"))
+    assert exit_code(error) == 3
+    assert "hotcell doctor" in error.hint
+    assert said in error.message
+
+
+@pytest.mark.parametrize(
+    ("settings", "subject", "said"),
+    [
+        (
+            'library_dirs = ["rel"]',
+            "",
+            "settings.toml: key `library_dirs.0`: found 'rel', allowed: the absolute",
+        ),
+        ("acelerator = 1", "", "settings.toml: unknown key `acelerator` (did you mean `accelerator`?)"),
+        ('library_dirs = ["DIR"]', 'name = "mine"\nsummary = "x"', "mine.toml: key `brain` is missing"),
+    ],
+)
+def test_a_slip_in_a_file_is_told_once_and_starts_nothing(
+    home: Paths, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    settings: str, subject: str, said: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(cli_server, "argv_of", lambda *_, **__: pytest.fail("a server was started"))
+    (home.cache / "mine/subjects").mkdir(parents=True)
+    if subject:
+        (home.cache / "mine/subjects/mine.toml").write_text(subject)
+    file = home.cache / "settings.toml"
+    file.write_text(settings.replace("DIR", str(home.cache / "mine")))
+    assert call(home, "--config", str(file), "run", "idle") == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert (told.count("error: "), told.count("what to do: ")) == (1, 1)
+    assert "doctor" not in told
 
 
 def test_the_child_gets_the_same_home_and_settings(home: Paths) -> None:

@@ -34,6 +34,7 @@ from appliance.host.paths import PROJECT
 from appliance.service import FootprintView
 from appliance.trial.records import JournalEntry
 
+NO_DATA = {"serve", "demo", "bundle"}  # docs/command-line.md names them
 VERBS = [verb for group in _VERBS.values() for verb in group]
 
 
@@ -67,6 +68,22 @@ def test_help_is_quick_since_stages_are_imported_late() -> None:
     done = command.run([sys.executable, "-c", code], timeout=30, cwd=PROJECT)
     assert done.stderr.strip() == "[]"
     assert time.monotonic() - began < 10, "hangs; the usual time is 0.25 s"
+
+
+def test_hotcell_alone_prints_its_help_and_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([])
+    said = capsys.readouterr()
+    assert not end.value.code
+    assert said.err == ""
+    assert said.out == helped(capsys)
+
+
+@pytest.mark.parametrize("verb", [v for v in VERBS if v not in NO_DATA])
+def test_every_verb_that_prints_data_takes_json(verb: str) -> None:
+    import typer
+
+    assert "--json" in [o for p in typer.main.get_command(app).commands[verb].params for o in p.opts]
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

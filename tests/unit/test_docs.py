@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
 from pydantic import BaseModel
 
 from appliance.cli.app import app
-from appliance.config import HostSettings, PolicySpec, ScenarioSpec, SubjectSpec
+from appliance.config import HostSettings, PolicySpec, ScenarioSpec, SubjectSpec, load_library
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
@@ -73,9 +74,12 @@ def test_every_setting_is_read_by_some_code() -> None:
     assert unread == []
 
 
+def commands() -> dict[str, Any]:
+    return dict(getattr(typer.main.get_command(app), "commands", {}))
+
+
 def verbs() -> list[str]:
-    command = typer.main.get_command(app)
-    return sorted(getattr(command, "commands", {}))
+    return sorted(commands())
 
 
 def test_every_verb_is_documented_and_no_other() -> None:
@@ -130,6 +134,26 @@ def test_code_named_in_the_documentation_exists(page: Path) -> None:
         )
     )
     assert used <= set(verbs()) | {"hotcell"}, f"{page.name} names verbs that do not exist"
+
+
+def test_the_examples_of_the_library_load(tmp_path: Path) -> None:
+    blocks = re.findall(
+        r"```toml\n# mine/(\S+\.toml)\n(.*?)```", (ROOT / "docs/your-model.md").read_text(), re.DOTALL
+    )
+    assert len(blocks) == 2
+    for name, text in blocks:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found = load_library([tmp_path])
+    assert {f"{Path(name).parent}/{Path(name).stem}" for name, _ in blocks} <= set(found.files)
+    assert "{targets}" in found.scenario("two-targets").task
+
+
+def test_the_page_names_the_verbs_that_take_no_json() -> None:
+    without = {
+        v for v, c in commands().items() if c.params and "--json" not in [o for p in c.params for o in p.opts]
+    }
+    assert set(re.findall(r"`([a-z]+)`", COMMANDS.split("except")[1].split(".")[0])) == without
 
 
 def test_every_page_can_be_reached_from_the_readme() -> None:

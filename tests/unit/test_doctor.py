@@ -104,6 +104,18 @@ def test_a_single_fail_makes_the_host_unfit_and_is_named() -> None:
     assert report.summary == "this host cannot run trials yet: root"
 
 
+def test_the_library_is_read_and_a_fault_of_it_named(tmp_path: Path) -> None:
+    assert doctor.library(HostSettings()).status == "ok"
+    (tmp_path / "subjects").mkdir()
+    (tmp_path / "subjects/mine.toml").write_text('name = "mine"\nsummary = "x"\nbrain = "llm"\n')
+    settings = HostSettings(library_dirs=(tmp_path,))
+    assert "1 of them of your own" in doctor.library(settings).found
+    (tmp_path / "subjects/mine.toml").write_text('name = "mine"\nsummary = "x"\nbrian = "llm"\n')
+    bad = doctor.library(settings)
+    assert (bad.status, bool(bad.hint)) == ("fail", True)
+    assert f"{tmp_path}/subjects/mine.toml: unknown key `brian` (did you mean `brain`?)" in bad.found
+
+
 def test_rendering_shows_needed_and_remedy_only_where_something_lacks() -> None:
     lines = doctor.render(DoctorReport(findings=tuple(judged(euid=1).values())))
     assert lines[0].startswith("fail  root")
