@@ -52,7 +52,7 @@ def soak(rig: Rig, baselines: Sequence[Baseline], count: int, settled: int, *, w
         cell.open()
         cell.restore_all(baselines, lambda _p: None)
         cell.plug_all()
-        pool.keep(baselines)
+        pool.keep(cell.id, baselines)
         for n in range(count):
             if wait:
                 pool.wait_ready(_QUIET_S)

@@ -43,16 +43,31 @@ class Renewal(NamedTuple):
     seconds: float
 
 
+class Cut(NamedTuple):
+    """How many links were cut, how many could not be and the first reason, "" if there is none."""
+
+    links: int
+    failed: int
+    why: str
+
+    def problem(self, cell: str) -> str:
+        """What to tell of it; "" if every link was cut."""
+        return f"cell {cell}: {self.failed} links were not cut: {self.why}" if self.failed else ""
+
+
 class Cell:
     """One cell. ``open`` makes the segment, ``restore_all`` proved machines, ``close`` leaves nothing.
 
-    With a ``pool``, machines come from standbys where there are any.
+    With a ``pool``, machines come from standbys where there are any. The cell remembers which baseline each
+    of its machines belongs on, also of one that was lost in a reset or snapshot, so that it can come back.
+    Machines of one cell may be renewed in several threads at once.
     """
 
     def __init__(self, cell_id: str, shop: Workshop, pool: StandbyPool | None = None) -> None:
         self.id = cell_id
-        self.machines: dict[str, Incarnation] = {}
-        self._names: list[str] = []
+        self._machines: dict[str, Incarnation] = {}
+        self._baselines: dict[str, Baseline] = {}
+        self._book = threading.Lock()
         self._segment = Segment(cell_id, shop.ledger)
         self._dying: dict[str, Incarnation] = {}
         self._ends: list[concurrent.futures.Future[None]] = []
@@ -70,19 +85,59 @@ class Cell:
         """Make the segment. Nothing is on it yet."""
         self._segment.open()
 
+    @property
+    def machines(self) -> dict[str, Incarnation]:
+        """A copy of what there is now, in the order in which machines were first asked for."""
+        with self._book:
+            names = [*self._baselines, *(n for n in self._machines if n not in self._baselines)]
+            return {n: self._machines[n] for n in names if n in self._machines}
+
+    @property
+    def baselines(self) -> dict[str, Baseline]:
+        """What each machine was last proved against, lost machines included; a copy."""
+        with self._book:
+            return dict(self._baselines)
+
+    @property
+    def empty(self) -> bool:
+        """True if no machine of the cell is left, not even one that is ending."""
+        with self._book:
+            return not self._machines and not self._dying
+
     def machine(self, name: str) -> Incarnation:
         """A machine by name.
 
         Raises:
-            NotFoundError: there is none of that name.
+            NotFoundError: there is none of that name, or it was lost.
         """
-        try:
-            return self.machines[name]
-        except KeyError:
+        machines = self.machines
+        if name not in machines:
+            lost = name in self.baselines
+            known = ", ".join(sorted(machines)) or "none"
+            raise NotFoundError(
+                f"cell {self.id} has no machine {name!r}" + (": it was withheld or lost" if lost else ""),
+                hint=f"a reset brings {name} back" if lost else f"it has: {known}",
+            )
+        return machines[name]
+
+    def baseline(self, name: str) -> Baseline:
+        """The baseline of a machine by name, also of one that was lost.
+
+        Raises:
+            NotFoundError: the cell never had a machine of that name.
+        """
+        baselines = self.baselines
+        if name not in baselines:
             raise NotFoundError(
                 f"cell {self.id} has no machine {name!r}",
-                hint=f"it has: {', '.join(sorted(self.machines)) or 'none'}",
-            ) from None
+                hint=f"it has: {', '.join(sorted(baselines)) or 'none'}",
+            )
+        return baselines[name]
+
+    def give_up(self, name: str) -> Incarnation:
+        """Take a machine out of the cell; from then on its end is the caller's."""
+        with self._book:
+            return self._machines.pop(name)
 
     # -- machines come ----------------------------------------------------------------------------------
 
@@ -106,19 +161,22 @@ class Cell:
             LabError: a link was not cut, the cell was condemned, or libvirt, QEMU or a guest refused.
         """
         began = time.monotonic()
-        self._retire([self.machines[b.machine.name] for b in baselines if b.machine.name in self.machines])
+        machines = self.machines
+        self._retire([machines[b.machine.name] for b in baselines if b.machine.name in machines])
         return self._renew(baselines, on_proof, began, plug=True)
 
     def _renew(
         self, baselines: Sequence[Baseline], on_proof: OnProof, began: float, *, plug: bool
     ) -> list[Renewal]:
+        with (
+            self._book
+        ):  # side by side they come in any order; people and views get the one that was asked for
+            for baseline in baselines:
+                self._baselines.setdefault(baseline.machine.name, baseline)
         if len(baselines) == 1:  # no thread: that would cost a tenth of what a standby takes
             renewals = [self._fresh(baselines[0], began)]
         else:
             renewals = _side_by_side(lambda b: self._fresh(b, began), baselines)
-        self._names += [b.machine.name for b in baselines if b.machine.name not in self._names]
-        # Side by side they came in any order; people and views get them in the order they were asked for.
-        self.machines = {n: self.machines[n] for n in self._names if n in self.machines}
         for renewal in renewals:
             for proof in renewal.withheld:
                 on_proof(proof)
@@ -140,25 +198,49 @@ class Cell:
 
     def _fresh(self, baseline: Baseline, began: float) -> Renewal:
         """A proved machine: a standby, or restored now. After two failed proofs the last one is returned."""
+        self._require_open()
         standby, why = self._pool.take(baseline, self.id) if self._pool else (None, "no standbys are kept")
         if standby is not None:
-            self.machines[standby.machine.name] = standby.machine
+            self._enter(standby.machine)
+            self._remember(baseline)
             return Renewal(standby.machine, standby.proof, "", (), 0.0, 0.0)
         withheld: list[Proof] = []
         while True:
             start = time.monotonic() if withheld else began
             clone = restore(self._shop, baseline, self.id)
-            self.machines[clone.name] = clone
+            self._enter(clone)
             proof = prove(clone, baseline, start)
             if proof.proved:
+                self._remember(baseline)
                 return Renewal(clone, proof, why, tuple(withheld), 0.0, 0.0)
             withheld.append(proof)
             try:
                 self._retire([clone])
-            except HotcellError:  # a link that withstands: close tries again, and nobody plugs it in
-                self._dying[clone.id] = self.machines.pop(clone.name)
+            except Exception:  # noqa: BLE001 - a link that withstands: close tries again, nobody plugs it in
+                with self._book:
+                    self._dying[clone.id] = self._machines.pop(clone.name)
             if len(withheld) == _ATTEMPTS:
                 return Renewal(clone, proof, why, tuple(withheld), 0.0, 0.0)
+
+    def _enter(self, machine: Incarnation) -> None:
+        """Make a machine the cell's own. One that comes after the cell was condemned is ended at once.
+
+        Raises:
+            LabError: the cell was condemned; who closed it may have looked for machines before.
+        """
+        with self._book:
+            self._machines[machine.name] = machine
+        if self._condemned:
+            self._retire([machine])
+            self._require_open()
+
+    def _remember(self, baseline: Baseline) -> None:
+        with self._book:
+            self._baselines[baseline.machine.name] = baseline
+
+    def _require_open(self) -> None:
+        if self._condemned:
+            raise LabError(f"cell {self.id} was cut for good; nothing is plugged into it again")
 
     def _wake(self, renewal: Renewal, baseline: Baseline, began: float) -> Renewal:
         """Let a standby run and set its clock; a machine that was restored now did both in its proof."""
@@ -184,16 +266,15 @@ class Cell:
 
     def _plug(self, machines: Sequence[Incarnation]) -> None:
         with self._plugging:
-            if self._condemned:
-                raise LabError(f"cell {self.id} was cut for good; nothing is plugged into it again")
+            self._require_open()
             for machine in machines:
                 machine.plug()
 
-    def condemn(self) -> float:
-        """Cut every link and never plug again, whatever another thread is about to do; returns seconds."""
+    def condemn(self) -> Cut:
+        """Cut every link and never plug again, whatever another thread is about to do. Never raises."""
         self._condemned = True  # before the lock: who holds it plugs at most the machines of one call
         with self._plugging:
-            return self.cut()
+            return self._cut()
 
     def cut(self) -> float:
         """Unplug every machine, whatever state it is in; returns seconds.
@@ -202,15 +283,23 @@ class Cell:
             LabError: a link was not cut; the others were tried all the same.
         """
         began = time.monotonic()
-        failures = []
-        for machine in [*self.machines.values(), *self._dying.values()]:
+        problem = self._cut().problem(self.id)
+        if problem:
+            raise LabError(problem)
+        return time.monotonic() - began
+
+    def _cut(self) -> Cut:
+        with self._book:
+            machines = [*self._machines.values(), *self._dying.values()]
+        links, failures = 0, list[str]()
+        for machine in machines:
+            was = machine.plugged
             try:
                 machine.unplug()
-            except HotcellError as e:
-                failures.append(e)
-        if failures:
-            raise LabError(f"cell {self.id}: {len(failures)} links were not cut: {failures[0]}")
-        return time.monotonic() - began
+                links += was
+            except Exception as e:  # noqa: BLE001 - whatever it was, the next machine is cut too
+                failures.append(e.message if isinstance(e, HotcellError) else f"{type(e).__name__}: {e}")
+        return Cut(links, len(failures), failures[0] if failures else "")
 
     # -- machines go ------------------------------------------------------------------------------------
 
@@ -220,34 +309,38 @@ class Cell:
         Raises:
             LabError: a link was not cut; that machine stays in the cell.
         """
-        failures = []
+        failures: list[Exception] = []
         for machine in machines:
             try:
                 machine.halt()
-            except HotcellError as e:
+            except Exception as e:  # noqa: BLE001 - whatever it was, the next machine is cut too
                 failures.append(e)
                 continue
-            self._dying[machine.id] = machine
-            if self.machines.get(machine.name) is machine:
-                del self.machines[machine.name]
-            self._ends = [*(f for f in self._ends if not f.done()), *self._begin_to_end([machine])]
+            with self._book:
+                self._dying[machine.id] = machine
+                if self._machines.get(machine.name) is machine:
+                    del self._machines[machine.name]
+                self._ends = [*(f for f in self._ends if not f.done()), *self._begin_to_end([machine])]
         if failures:
             raise failures[0]
 
     def _end(self, machine: Incarnation) -> None:
         """Destroy a machine; one that withstands stays known, so that it is tried again."""
         machine.destroy()
-        self._dying.pop(machine.id, None)
-        if self.machines.get(machine.name) is machine:
-            del self.machines[machine.name]
+        with self._book:
+            self._dying.pop(machine.id, None)
+            if self._machines.get(machine.name) is machine:
+                del self._machines[machine.name]
 
     def destroy_machines(self) -> None:
         """Destroy every incarnation, side by side; each is tried, the first failure raised at the end."""
         with suppress(HotcellError):
             self.cut()
-        concurrent.futures.wait(self._ends)  # of those under way none is destroyed twice at once
-        machines = [*self.machines.values(), *self._dying.values()]
-        self._ends = []
+        with self._book:
+            under_way, self._ends = self._ends, []
+        concurrent.futures.wait(under_way)  # of those none is destroyed twice at once
+        with self._book:
+            machines = [*self._machines.values(), *self._dying.values()]
         for failure in [f.exception() for f in self._begin_to_end(machines)]:
             if failure is not None:
                 raise failure

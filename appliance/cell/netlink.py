@@ -65,11 +65,11 @@ def namespace_inode(pid: int | str = "self") -> int:
 
 @contextlib.contextmanager
 def _route(what: str) -> Iterator[Any]:
-    with IPRoute() as ip:
-        try:
+    try:
+        with IPRoute() as ip:
             yield ip
-        except NetlinkError as e:
-            raise LabError(f"netlink could not {what}: {e}") from e
+    except (NetlinkError, OSError) as e:  # OSError: no descriptor is free, or a knob cannot be written
+        raise LabError(f"netlink could not {what}: {e}") from e
 
 
 def view() -> NamespaceView:

@@ -70,7 +70,7 @@ def snapshot(
             fields["expected"] = record_cold(machine, site.final, chain)
             machine.unplug()
             shut_down(machine)
-        cell.machines.pop(name).destroy(keep_folder=True)
+        cell.give_up(name).destroy(keep_folder=True)
         machine.spec.overlay.rename(site.folder / DISK)
         machine.remove_folder()
         return publish(new_record(kind, site, began, fields), site.folder)

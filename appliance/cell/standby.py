@@ -38,6 +38,8 @@ class Standby(NamedTuple):
 class StandbyPool:
     """Keeps one standby of each wanted baseline, made in a thread of its own. Safe from several threads.
 
+    Each owner, a cell or trial by its id, has wishes of its own. Those of the last one that ended are kept for
+    whoever comes next, behind everybody else's: until they are taken, or somebody needs their room.
     ``room`` says why there is no room for one more machine now, or "" if there is.
     """
 
@@ -47,7 +49,8 @@ class StandbyPool:
         self._segment = Segment(STANDBY, shop.ledger)
         self._open = False
         self._closed = False
-        self._wanted: dict[str, Baseline] = {}
+        self._wishes: dict[str, dict[str, Baseline]] = {}
+        self._parting: dict[str, Baseline] = {}
         self._ready: dict[str, Standby] = {}
         self._missing_because: dict[str, str] = {}
         self._generation = 0
@@ -73,20 +76,53 @@ class StandbyPool:
         with self._changed:
             return {k: self._missing_because.get(k, "") for k in self._wanted if k not in self._ready}
 
-    def keep(self, baselines: Iterable[Baseline]) -> None:
-        """Have one standby of each of these from now on, and of nothing else; what could not be is tried again."""
+    @property
+    def _wanted(self) -> dict[str, Baseline]:
+        """Everybody's wishes, those of who is there first."""
+        merged = {k: b for wishes in self._wishes.values() for k, b in wishes.items()}
+        return merged | {k: b for k, b in self._parting.items() if k not in merged}
+
+    def keep(self, owner: str, baselines: Iterable[Baseline]) -> None:
+        """Have one standby of each of these for ``owner`` from now on, in place of what it wished before.
+
+        What could not be made before is tried again.
+        """
+        wishes = {b.id: b for b in baselines}
         with self._changed:
             if self._closed:
                 return
-            self._wanted = {b.id: b for b in baselines}
+            self._wishes[owner] = wishes
             self._missing_because.clear()
-            surplus = [k for k in self._ready if k not in self._wanted]
-            dropped = [self._ready.pop(k) for k in surplus]
+            surplus = self._take_surplus()
             if self._wanted and self._worker is None:
                 self._worker = threading.Thread(target=self._work, name="standbys", daemon=True)
                 self._worker.start()
             self._changed.notify_all()
-        _destroy(dropped)
+        _destroy(surplus)
+
+    def forget(self, owner: str) -> None:
+        """An owner has ended. Its standbys stay for the next one; those of who ended before it go."""
+        with self._changed:
+            wishes = self._wishes.pop(owner, None)
+            if not wishes:
+                return
+            self._parting = wishes
+            surplus = self._take_surplus()
+            self._changed.notify_all()
+        _destroy(surplus)
+
+    def drop(self, baseline_id: str) -> None:
+        """Nobody wishes this baseline any more, and its standby goes."""
+        with self._changed:
+            for wishes in (*self._wishes.values(), self._parting):
+                wishes.pop(baseline_id, None)
+            surplus = self._take_surplus()
+            self._changed.notify_all()
+        _destroy(surplus)
+
+    def _take_surplus(self) -> list[Standby]:
+        wanted = self._wanted
+        return [self._ready.pop(k) for k in list(self._ready) if k not in wanted]
 
     def take(self, baseline: Baseline, cell: str) -> tuple[Standby | None, str]:
         """Hand the standby of this baseline over to a cell, still paused and unplugged; or None and why not.
@@ -95,6 +131,8 @@ class StandbyPool:
         """
         with self._changed:
             found = self._ready.pop(baseline.id, None)
+            if found is not None:  # who took it makes its own wishes, once it has time for them to be made
+                self._parting.pop(baseline.id, None)
             why = self._missing_because.get(baseline.id) or (
                 "the next one is still being made" if baseline.id in self._wanted else "none is kept"
             )
@@ -123,7 +161,8 @@ class StandbyPool:
     def drop_all(self) -> int:
         """Destroy every standby and want none; returns how many there were."""
         with self._changed:
-            self._wanted.clear()
+            self._wishes.clear()
+            self._parting.clear()
             self._generation += 1
             dropped = list(self._ready.values())
             self._ready.clear()
@@ -139,6 +178,8 @@ class StandbyPool:
         self.drop_all()
         if worker is not None:
             worker.join(_CLOSE_S)
+            if worker.is_alive():
+                return  # its machine goes when it is made; until then our things are in use
         if self._open:
             self._segment.close()
             self._open = False
@@ -164,12 +205,15 @@ class StandbyPool:
                 self._add(baseline, generation)
 
     def _add(self, baseline: Baseline, generation: int) -> None:
-        why, made = self._room(baseline.machine), None
-        if not why:
-            try:
+        why, made = "", None
+        try:
+            why = self._room(baseline.machine)
+            if why and self._give_up_parting(baseline):
+                why = self._room(baseline.machine)
+            if not why:
                 made = self._make(baseline)
-            except Exception as e:  # noqa: BLE001 - without a standby a reset is slower, and says why
-                why = e.message if isinstance(e, HotcellError) else f"{type(e).__name__}: {e}"
+        except Exception as e:  # noqa: BLE001 - without a standby a reset is slower, and says why
+            why = e.message if isinstance(e, HotcellError) else f"{type(e).__name__}: {e}"
         with self._changed:
             current = generation == self._generation and self._wanted.get(baseline.id) == baseline
             if made is not None and current:
@@ -179,6 +223,16 @@ class StandbyPool:
             self._changed.notify_all()
         if made is not None:
             _destroy([made])
+
+    def _give_up_parting(self, baseline: Baseline) -> bool:
+        """End what only the last one that ended had wished, if it is in the way; True if anything was."""
+        with self._changed:
+            if not any(baseline.id in wishes for wishes in self._wishes.values()):
+                return False
+            self._parting = {}
+            surplus = self._take_surplus()
+        _destroy(surplus)
+        return bool(surplus)
 
     def _make(self, baseline: Baseline) -> Standby:
         self._make_segment()

@@ -54,9 +54,7 @@ class BaselineDesk:
 
     def _spare(self, baseline: Baseline) -> None:
         """Keep standbys as before, but none of this one."""
-        pool = self._bench.standbys
-        wanted = {*pool.ready(), *pool.missing()} - {baseline.id}
-        pool.keep([b for b in self._store.all() if b.id in wanted])
+        self._bench.standbys.drop(baseline.id)
 
     def export(self, name: str, to: Path) -> ExportView:
         """Write one to a new folder on this host."""

@@ -10,7 +10,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from appliance.cell.baseline import Baseline
 from appliance.cell.baseline.importing import require_free_name
@@ -19,7 +19,7 @@ from appliance.cell.incarnation import Incarnation
 from appliance.cell.snapshot import snapshot
 from appliance.cell.spec import MachineSpec
 from appliance.config import HostSettings, Library
-from appliance.errors import ConflictError, NotFoundError
+from appliance.errors import ConflictError, LabError, NotFoundError
 from appliance.pipeline import views
 from appliance.pipeline.admission import need_of
 from appliance.pipeline.claims import Claims
@@ -37,6 +37,7 @@ from appliance.service import (
     ProbeView,
     ResetView,
 )
+from appliance.trial.guard import CellGuard
 from appliance.trial.probing import probe
 
 _CLAIMS_S = 30.0
@@ -62,6 +63,7 @@ class CellDesk:
         self._grants = grants
         self._lock = threading.Lock()
         self._claims = Claims()
+        self._guards: dict[str, CellGuard] = {}
 
     # -- looking --------------------------------------------------------------------------------------
 
@@ -81,7 +83,7 @@ class CellDesk:
 
     def machines(self) -> list[MachineView]:
         """Machines of all open cells."""
-        return [views.machine_view(m) for c in self.all() for m in list(c.machines.values())]
+        return [views.machine_view(m) for c in self.all() for m in c.machines.values()]
 
     def busy(self) -> bool:
         """Whether a machine is claimed by a request now."""
@@ -117,13 +119,23 @@ class CellDesk:
             self._trials.require_accepting()
             self._bench.shelf.store.hold(baselines.values(), cell.id)
             cell.open()
+            self._guards[cell.id] = CellGuard(cell, self._settings.limits.disk_mb)
+            self._guards[cell.id].start()
             cell.restore_all([baselines[m.name] for m in machines], lambda _p: None)
             cell.plug_all()
         except BaseException:
-            self._end(cell)
+            with suppress(
+                Exception
+            ):  # the first error is the one to tell; what withstands stays an open cell
+                self._end(cell)
             raise
-        self._bench.standbys.keep(baselines.values())
+        self._keep_standbys(cell)
         return self._view(cell)
+
+    def _keep_standbys(self, cell: Cell) -> None:
+        # What was asked for is done; without standbys the next reset is slower, and says why.
+        with suppress(Exception):
+            self._bench.standbys.keep(cell.id, cell.baselines.values())
 
     def close(self, cell: str) -> CellView:
         """Stop a cell's machines and remove all that is theirs."""
@@ -135,21 +147,38 @@ class CellDesk:
         return view.model_copy(update={"state": "closed", "machines": ()})
 
     def remove(self, cell: Cell) -> None:
-        """Close a cell, whatever a request does with it, and forget it. Kill its machines before.
+        """Cut a cell for good, close it and forget it. Kill its machines before.
 
-        A request that restores a machine would otherwise add it to a cell that is gone: it is waited for.
+        A request that restores a machine is waited for, since the machine would be added to a cell that is gone.
+
+        Raises:
+            LabError: a request still works on it, or something of it is left; it stays an open cell, cut.
         """
-        self._claims.wait_free(cell.id, _CLAIMS_S)
+        cell.condemn()
+        if not self._claims.wait_free(cell.id, _CLAIMS_S):
+            raise LabError(
+                f"a request has worked on cell {cell.id} for {_CLAIMS_S:.0f} s more; it is cut, but still open",
+                hint=f"`hotcell close {cell.id}` when that has ended",
+            )
         self._end(cell)
 
     def _end(self, cell: Cell) -> None:
+        """Close and forget a cell. One that withstands stays open with its room, cut for good, to be tried again."""
         try:
             cell.close()
-        finally:
-            self._bench.shelf.store.release(cell.id)
+        except BaseException:
+            cell.condemn()
             with self._lock:
-                self._cells.pop(cell.id, None)
-            self._grants.release(cell.id)
+                self._cells[cell.id] = cell
+            raise
+        self._bench.standbys.forget(cell.id)
+        self._bench.shelf.store.release(cell.id)
+        with self._lock:
+            self._cells.pop(cell.id, None)
+        self._grants.release(cell.id)
+        guard = self._guards.pop(cell.id, None)
+        if guard is not None:
+            guard.dismiss()
 
     def _own(self, cell: str) -> Cell:
         with self._lock:
@@ -182,11 +211,11 @@ class CellDesk:
     def snapshot(self, cell: str, machine: str, name: str, kind: BaselineKind | None = None) -> BaselineView:
         """Save a machine's present state as a baseline; the machine goes on from it, proved."""
         require_free_name(name)
-        with self._claim(cell, machine) as (found, incarnation):
+        with self._claim(cell, machine) as (found, _):
             taken = next((b for b in self._bench.shelf.all() if b.id == name), None)
             if taken is not None:
                 raise ConflictError(f"there is a baseline {name!r} already", hint="choose another name")
-            made = snapshot(self._bench.shop, found, machine, self._baseline_of(incarnation), name, kind)
+            made = snapshot(self._bench.shop, found, machine, found.baseline(machine), name, kind)
             self._bench.shelf.store.hold([made], cell)
             found.reset([made], lambda _p: None)
             return views.baseline_view(made)
@@ -198,8 +227,12 @@ class CellDesk:
             NotFoundError: there is no baseline of that name.
             ConflictError: it is another machine's.
         """
-        with self._claim(cell, machine) as (found, incarnation):
-            chosen = self._named(baseline, machine, cell) if baseline else self._baseline_of(incarnation)
+        self._own(cell)
+        with self._claims.hold(cell, machine):
+            found = self._own(cell)  # again: it may have been closed until we had it
+            chosen = found.baseline(machine)  # also of a machine that an earlier reset lost
+            if baseline:
+                chosen = self._named(baseline, machine, cell)
             return self._reset(found, [chosen])[0]
 
     def _named(self, name: str, machine: str, cell: str) -> Baseline:
@@ -216,20 +249,25 @@ class CellDesk:
         return found
 
     def reset_all(self, cell: str) -> list[ResetView]:
-        """Put all machines of a cell back as a group: none is plugged in before every proof holds."""
+        """Put all machines of a cell back as a group: none is plugged in before every proof holds.
+
+        Machines that an earlier reset or snapshot lost come back with the others.
+
+        Raises:
+            ConflictError: the cell never had a machine.
+        """
         self._own(cell)
         with self._claims.hold(cell):
             found = self._own(cell)
-            machines = [found.machine(name) for name in sorted(found.machines)]
-            return self._reset(found, [self._baseline_of(m) for m in machines])
+            baselines = list(found.baselines.values())
+            if not baselines:
+                raise ConflictError(f"cell {cell} has no machine to reset", hint=f"`hotcell close {cell}`")
+            return self._reset(found, baselines)
 
     def _reset(self, cell: Cell, baselines: Sequence[Baseline]) -> list[ResetView]:
         renewals = cell.reset(baselines, lambda _p: None)
-        self._bench.standbys.keep([self._baseline_of(m) for m in cell.machines.values()])
+        self._keep_standbys(cell)
         return [views.reset_view(cell.id, r) for r in renewals]
-
-    def _baseline_of(self, machine: Incarnation) -> Baseline:
-        return self._bench.shelf.store.of(machine)
 
     def exec(self, cell: str, machine: str, argv: list[str], timeout_s: float) -> ExecView:
         """Run a command in a guest, by absolute path, through the qga."""

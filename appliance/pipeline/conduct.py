@@ -84,7 +84,8 @@ def conduct(
 ) -> Outcome:
     """Run one trial to its sealed bundle. Raises only what is a defect of ours.
 
-    ``on_gone`` is called when its machines are gone: before the trial is seen to have ended.
+    ``on_gone`` is called when its machines are gone, or could not be ended: before the trial is seen to have
+    ended.
     """
 
     def enter(state: TrialState) -> None:
@@ -96,6 +97,7 @@ def conduct(
     finally:
         bench.shelf.store.release(plan.id)
         on_gone()
+        bench.standbys.forget(plan.id)
     return _finish(bench, plan, folder, outcome)
 
 
@@ -134,7 +136,7 @@ def _run_and_score(
         def run_enter(state: TrialState) -> None:
             enter(state)
             if state is TrialState.RUNNING:  # not before: making standbys would compete with the preflight
-                bench.standbys.keep(baselines.values())
+                bench.standbys.keep(plan.id, baselines.values())
 
         steady = SteadyClock()
         TrialRun(plan, Setting(cell, baselines, folder, stop, run_enter, facts)).run()

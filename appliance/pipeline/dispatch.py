@@ -1,7 +1,7 @@
 """Who waits and who runs: one dispatcher gives turns, each job runs in a thread of its own.
 
 A job starts once it is its turn and there is room for all its machines; the room is taken before it begins
-and given back when it has ended.
+and given back when it has ended and nothing of it is left.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Job:
     """One trial to run. None of the callables may raise.
 
     ``run`` runs it, ``never`` ends it if it was stopped before its turn came, ``tell`` is told once that it has
-    to wait, and why.
+    to wait, and why. ``left`` says whether something of it outlived it and keeps its room.
     """
 
     id: str
@@ -34,6 +34,7 @@ class Job:
     run: Callable[[], None]
     never: Callable[[], None]
     tell: Callable[[str], None]
+    left: Callable[[], bool] = lambda: False
     waiting: str = ""
     told: bool = False
     stop: StopFlag = field(default_factory=StopFlag)
@@ -163,7 +164,8 @@ class Dispatcher:
                 self._running.pop(job.id, None)
                 del self._jobs[job.id]
                 self._changed.notify_all()
-            self._grants.release(job.id)
+            if not job.left():
+                self._grants.release(job.id)
             job.done.set()
 
     def _next_step(self) -> _Step | None:

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 from appliance.cell.cell import Cell
 from appliance.config import HostSettings, Library
-from appliance.errors import Blame, ConflictError, HotcellError
+from appliance.errors import Blame, ConflictError, HotcellError, LabError
 from appliance.evidence.folder import TrialFolder
 from appliance.model import TrialState
 from appliance.pipeline.admission import Need, need_of
@@ -105,6 +105,7 @@ class TrialDesk:
             id=plan.id, need=need, batch=request.batch or "", stop=stop, tell=tell,
             run=lambda: self._end(plan, live, lambda: self._conduct(plan, folder, live, stop)),
             never=lambda: self._end(plan, live, lambda: never_started(self._bench, plan, folder, stop)),
+            left=lambda: plan.id in self._cells,
         )  # fmt: skip
 
     def _plan(self, request: TrialRequest) -> Plan:
@@ -135,16 +136,19 @@ class TrialDesk:
                 )
 
     def _conduct(self, plan: Plan, folder: TrialFolder, live: LiveTrial, stop: StopFlag) -> Outcome:
+        cell = Cell(plan.id, self._bench.shop, self._bench.standbys)
+
         def on_state(state: TrialState) -> None:
             if state is TrialState.RUNNING:
                 live.started = time.time()
 
         def on_gone() -> None:
-            # Now, not at the end: who sees that the trial has ended may ask for its room at once.
-            self._cells.pop(plan.id, None)
-            self._grants.release(plan.id)
+            # Now, not at the end: who sees that the trial has ended may ask for its room at once. A cell whose
+            # machines withstand stays open, with its room: it can be closed by hand, and the kill switch sees it.
+            if cell.empty:
+                self._cells.pop(plan.id, None)
+                self._grants.release(plan.id)
 
-        cell = Cell(plan.id, self._bench.shop, self._bench.standbys)
         self._cells[cell.id] = cell
         return conduct(self._bench, plan, folder, cell, stop, on_state, on_gone)
 
@@ -183,14 +187,15 @@ class TrialDesk:
     def _stop(self, job: Job, reason: str, *, failure: bool) -> None:
         self._dispatcher.stop(job, reason, failure=failure)
         cell = self._cells.get(job.id)
-        if cell is not None:
-            cell.condemn()
+        problem = cell.condemn().problem(cell.id) if cell is not None else ""
+        if problem:
+            raise LabError(problem)
 
     def abort_all(self, reason: str, *, failure: bool = False) -> int:
         """Ask every trial that has not ended to stop; returns how many."""
         open_jobs = self._dispatcher.open_jobs()
         for job in open_jobs:
-            with suppress(HotcellError):  # a link that is not cut must not keep the other trials running
+            with suppress(Exception):  # whatever it is, it must not keep the other trials running
                 self._stop(job, reason, failure=failure)
         return len(open_jobs)
 

@@ -46,7 +46,7 @@ class Rig:
     def stand_by(self, baseline: Baseline) -> None:
         """Keep a standby of this baseline too. One pool for all, since its segment is one a process."""
         self.wanted.append(baseline)
-        self.pool.keep(self.wanted)
+        self.pool.keep("bench", self.wanted)
 
     def machine(self, kind: str) -> MachineSpec:
         """A machine of one of the kinds in ``MACHINES``, as a trial would have it."""

@@ -76,6 +76,7 @@ class FakeWarden:
     def __init__(self) -> None:
         self.alive = True
         self.dismissed = False
+        self.left_alone = False
         self._on_loss: Callable[[], None] = lambda: None
 
     def guard(self, on_loss: Callable[[], None]) -> None:
@@ -87,6 +88,9 @@ class FakeWarden:
 
     def dismiss(self) -> None:
         self.dismissed = True
+
+    def leave_alone(self) -> None:
+        self.left_alone = True
 
 
 class Workbench:

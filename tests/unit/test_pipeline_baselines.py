@@ -79,7 +79,7 @@ def test_what_an_open_cell_uses_stays_until_it_is_closed(lab: Lab, w: Workbench)
 def test_a_standby_makes_way_and_others_stay(lab: Lab, w: Workbench) -> None:
     mine, other = publish_one(w.host, "mine"), publish_one(w.host, "other", name="origin")
     w.bench.standbys.ask(lambda _machine: "")
-    w.bench.standbys.keep([mine, other])
+    w.bench.standbys.keep("c1", [mine, other])
     assert w.bench.standbys.wait_ready(5), w.bench.standbys.missing()
     assert any("of standby runs on it" in n for n in lab.baseline("mine").needed_by)
     lab.delete_baseline("mine")

@@ -116,7 +116,7 @@ def test_three_run_the_fourth_waits_and_tells_why(lab: Lab, w: Workbench) -> Non
 def _entries(lab: Lab, trial: str) -> list[object]:
     from appliance.evidence import journal
 
-    return list(journal.scan(lab._folder(trial) / "journal.jsonl"))
+    return list(journal.scan(lab._bench.paths.open_trials / trial / "journal.jsonl"))
 
 
 def test_every_running_trial_has_its_own_cell_with_the_same_addresses(lab: Lab, w: Workbench) -> None:

@@ -44,7 +44,7 @@ def cell(h: Host, pool: StandbyPool, *names: str) -> Cell:
 
 
 def test_what_stands_by_is_proved_paused_unplugged_and_written_down(h: Host, pool: StandbyPool) -> None:
-    pool.keep([h.baseline("origin"), h.baseline("target-1")])
+    pool.keep("c1", [h.baseline("origin"), h.baseline("target-1")])
     assert pool.wait_ready(WAIT_S)
     machines = list(pool.ready().values())
     assert [m.state for m in machines] == [DomainState.PAUSED] * 2
@@ -59,7 +59,7 @@ def test_what_stands_by_is_proved_paused_unplugged_and_written_down(h: Host, poo
 
 def test_a_reset_takes_it_and_the_next_one_is_made(h: Host, pool: StandbyPool) -> None:
     c = cell(h, pool, "origin")
-    pool.keep([h.baseline("origin")])
+    pool.keep("c1", [h.baseline("origin")])
     assert pool.wait_ready(WAIT_S)
     waiting = pool.ready()[h.baseline("origin").id]
     done = c.reset([h.baseline("origin")], lambda _p: None)[0]
@@ -77,7 +77,7 @@ def test_a_reset_takes_it_and_the_next_one_is_made(h: Host, pool: StandbyPool) -
 
 
 def test_a_trial_starts_from_standbys_unplugged(h: Host, pool: StandbyPool) -> None:
-    pool.keep([h.baseline("origin")])
+    pool.keep("c1", [h.baseline("origin")])
     assert pool.wait_ready(WAIT_S)
     c = Cell("c2", h.shop, pool)
     c.open()
@@ -93,7 +93,7 @@ def test_without_one_the_reset_is_direct_and_says_why(h: Host, why: str) -> None
     pool = StandbyPool(h.shop, lambda _machine: why)
     c = cell(h, pool, "origin")
     if why:
-        pool.keep([h.baseline("origin")])
+        pool.keep("c1", [h.baseline("origin")])
         assert not pool.wait_ready(WAIT_S)
         assert pool.missing() == {h.baseline("origin").id: why}
     done = c.reset([h.baseline("origin")], lambda _p: None)[0]
@@ -106,12 +106,12 @@ def test_without_one_the_reset_is_direct_and_says_why(h: Host, why: str) -> None
 
 def test_one_that_is_not_proved_never_stands_by(h: Host, pool: StandbyPool) -> None:
     h.unproved = {"origin"}
-    pool.keep([h.baseline("origin")])
+    pool.keep("c1", [h.baseline("origin")])
     assert not pool.wait_ready(WAIT_S)
     assert "withheld" in pool.missing()[h.baseline("origin").id]
     assert pool.ready() == {}
     h.unproved = set()
-    pool.keep([h.baseline("origin")])
+    pool.keep("c1", [h.baseline("origin")])
     assert pool.wait_ready(WAIT_S), "asking again tries again"
 
 
@@ -145,7 +145,7 @@ def test_one_that_changed_while_it_waited_is_withheld(
     h: Host, pool: StandbyPool, change: Callable[[Incarnation], None]
 ) -> None:
     c = cell(h, pool, "origin")
-    pool.keep([h.baseline("origin")])
+    pool.keep("c1", [h.baseline("origin")])
     assert pool.wait_ready(WAIT_S)
     bad = pool.ready()[h.baseline("origin").id]
     change(bad)
@@ -161,7 +161,7 @@ def test_a_changed_baseline_file_is_noticed_before_its_standby_is_used(
     h: Host, pool: StandbyPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     c = cell(h, pool, "origin")
-    pool.keep([h.baseline("origin")])
+    pool.keep("c1", [h.baseline("origin")])
     assert pool.wait_ready(WAIT_S)
 
     def changed(_baseline: object) -> None:
@@ -174,7 +174,7 @@ def test_a_changed_baseline_file_is_noticed_before_its_standby_is_used(
 
 
 def test_one_of_a_baseline_made_anew_is_not_taken(h: Host, pool: StandbyPool) -> None:
-    pool.keep([h.baseline("origin")])
+    pool.keep("c1", [h.baseline("origin")])
     assert pool.wait_ready(WAIT_S)
     anew = h.baseline("origin").model_copy(update={"created": 2.0})
     found, why = pool.take(anew, "c1")
@@ -182,9 +182,9 @@ def test_one_of_a_baseline_made_anew_is_not_taken(h: Host, pool: StandbyPool) ->
 
 
 def test_what_is_not_wanted_any_more_goes(h: Host, pool: StandbyPool) -> None:
-    pool.keep([h.baseline("origin"), h.baseline("target-1")])
+    pool.keep("c1", [h.baseline("origin"), h.baseline("target-1")])
     assert pool.wait_ready(WAIT_S)
-    pool.keep([h.baseline("target-1")])
+    pool.keep("c1", [h.baseline("target-1")])
     assert [m.name for m in pool.ready().values()] == ["target-1"]
     assert pool.drop_all() == 1
     assert h.libvirt.domains == {}
@@ -199,7 +199,7 @@ def test_dropping_while_one_is_made_leaves_none(h: Host, pool: StandbyPool) -> N
         assert go.wait(WAIT_S)
 
     h.on_restore = slow
-    pool.keep([h.baseline("origin")])
+    pool.keep("c1", [h.baseline("origin")])
     assert begun.wait(WAIT_S)
     pool.drop_all()
     go.set()
@@ -209,7 +209,7 @@ def test_dropping_while_one_is_made_leaves_none(h: Host, pool: StandbyPool) -> N
 
 
 def test_two_resets_never_get_the_same_one(h: Host, pool: StandbyPool) -> None:
-    pool.keep([h.baseline("origin")])
+    pool.keep("c1", [h.baseline("origin")])
     assert pool.wait_ready(WAIT_S)
     start, taken = threading.Barrier(4), list[Incarnation | None]()
 
@@ -231,7 +231,7 @@ def test_two_resets_never_get_the_same_one(h: Host, pool: StandbyPool) -> None:
 
 
 def test_a_ledger_without_its_rows_keeps_it_from_being_handed_over(h: Host, pool: StandbyPool) -> None:
-    pool.keep([h.baseline("origin")])
+    pool.keep("c1", [h.baseline("origin")])
     assert pool.wait_ready(WAIT_S)
     machine = pool.ready()[h.baseline("origin").id]
     h.ledger.strike(Kind.TAP, machine.spec.tap)
@@ -243,7 +243,7 @@ def test_a_ledger_without_its_rows_keeps_it_from_being_handed_over(h: Host, pool
 
 def test_a_standby_that_does_not_wake_is_an_error(h: Host, pool: StandbyPool) -> None:
     c = cell(h, pool, "origin")
-    pool.keep([h.baseline("origin")])
+    pool.keep("c1", [h.baseline("origin")])
     assert pool.wait_ready(WAIT_S)
     h.libvirt.refuse = {"resume origin"}
     with pytest.raises(LabError, match="resume"):
@@ -254,9 +254,9 @@ def test_a_standby_that_does_not_wake_is_an_error(h: Host, pool: StandbyPool) ->
 
 def test_a_segment_that_cannot_be_made_is_tried_again(h: Host, pool: StandbyPool) -> None:
     h.net.refuse = {"create_bridge"}
-    pool.keep([h.baseline("origin")])
+    pool.keep("c1", [h.baseline("origin")])
     assert not pool.wait_ready(WAIT_S)
     assert h.left == []
     h.net.refuse = set()
-    pool.keep([h.baseline("origin")])
+    pool.keep("c1", [h.baseline("origin")])
     assert pool.wait_ready(WAIT_S)

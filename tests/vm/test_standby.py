@@ -35,7 +35,7 @@ def cell(shop: Workshop, pool: StandbyPool, baselines: dict[str, Baseline]) -> I
     both = [baselines["origin"], baselines["target-1"]]
     made.restore_all(both, lambda _p: None)
     made.plug_all()
-    pool.keep(both)
+    pool.keep(made.id, both)
     assert pool.wait_ready(WAIT_S), pool.missing()
     yield made
     made.close()

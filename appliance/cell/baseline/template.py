@@ -73,7 +73,8 @@ def make(
     """Boot a machine from its image, let ``warm`` bring it to the wanted state, save it.
 
     The template stays plugged into whatever segment ``cell`` is, alone. Nothing is left on failure.
-    ``on_template`` gets the template as soon as it exists; killing it ends the making.
+    ``on_template`` gets the template as soon as it exists, and again once its process is known; killing it
+    ends the making. It may raise.
 
     Raises:
         ConflictError: a machine with passed-through devices was to keep its RAM.
@@ -89,6 +90,7 @@ def make(
             template = shop.prepare(machine, cell, backing=machine.image.disk, ram=ram, incoming=False)
             on_template(template)
             template.start()
+            on_template(template)  # a kill before this had no process to end
             template.plug()
             template.resume()
             template.wait_for_agent(AGENT_LIMIT_S)
