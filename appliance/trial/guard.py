@@ -12,10 +12,12 @@ from contextlib import suppress
 from appliance.cell.cell import Cell
 from appliance.cell.incarnation import Incarnation
 from appliance.errors import HotcellError
+from appliance.host.log import Log
 from appliance.model import printable
 from appliance.trial.ports import Capture, Journal
 from appliance.trial.stop import StopFlag
 
+log = Log("hotcell.guard")
 _TICK_S = 0.25
 _JOIN_S = 60.0  # a look may be waiting for libvirt, which has limits of its own below this
 _MB = 1_000_000
@@ -83,6 +85,35 @@ class DiskHold:
                 self._held.add(machine.id)
                 held.append((machine, written))
         return held
+
+
+class CellGuard:
+    """Holds machines of a cell without a trial to its disk limit, its whole life long and after every reset.
+
+    A machine that was held is there to be looked at, and comes back with a reset.
+    """
+
+    def __init__(self, cell: Cell, disk_mb: int) -> None:
+        self._cell = cell
+        self._disks = DiskHold(disk_mb * _MB)
+        self._guard = Guard(cell.id, self._look, self._failed)
+
+    def start(self) -> None:
+        """Begin; machines may come later."""
+        self._guard.start()
+
+    def dismiss(self) -> None:
+        """Guard nothing any more; for when the machines are gone."""
+        self._guard.dismiss()
+
+    def _look(self) -> None:
+        for machine, written in self._disks.look(list(self._cell.machines.values())):
+            log.warning("disk-held", machine=machine.domain, written=written, limit=self._disks.limit)
+
+    def _failed(self, e: Exception) -> None:
+        log.error("guard-failed", cell=self._cell.id, error=f"{type(e).__name__}: {e}")
+        with suppress(Exception):
+            self._cell.condemn()
 
 
 class TrialGuard:

@@ -13,6 +13,7 @@ from fakes.plans import WEIGHTS
 from fakes.stage import event_line
 
 from appliance.cell.cell import Cell
+from appliance.cell.incarnation import Incarnation
 from appliance.cell.ledger import Kind
 from appliance.config import HostSettings, load_library
 from appliance.errors import Blame, ConflictError, GuestChannelError, NotFoundError
@@ -21,8 +22,9 @@ from appliance.pipeline import cells as cells_module
 from appliance.pipeline import trials as trials_module
 from appliance.pipeline.fleet import machines_for
 from appliance.pipeline.lab import Lab
-from appliance.service import CellRequest, TrialRequest, TrialView
+from appliance.service import CellRequest, MachineView, TrialRequest, TrialView
 from appliance.store import queries
+from appliance.trial import guard
 
 # One trial at a time, as on a small host, and no figure of the host that the tests run on decides.
 SETTINGS = HostSettings.model_validate(
@@ -188,6 +190,28 @@ def test_a_cell_by_hand(lab: Lab, w: Workbench) -> None:
     assert lab.probe(view.id, "target-1").model is False
     assert lab.close_cell(view.id).state == "closed"
     assert lab.cells() == []
+    assert w.host.left == []
+
+
+def test_a_cell_by_hand_is_held_to_its_disk_limit_and_comes_back_with_a_reset(
+    lab: Lab, w: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full: list[str] = []
+    monkeypatch.setattr(guard, "_TICK_S", 0.005)
+    monkeypatch.setattr(Incarnation, "written", lambda m: 10**15 if m.id in full else 0)
+
+    def target() -> MachineView:
+        return next(m for m in lab.machines() if m.name == "target-1")
+
+    cell = lab.open_cell(CellRequest()).id
+    for _ in range(2):  # the new incarnation has a limit of its own
+        assert all(m.link_up for m in lab.machines())
+        full.append(target().incarnation)
+        wait_for(lambda: (target().link_up, target().state) == (False, "paused"))
+        assert next(m for m in lab.machines() if m.name == "origin").link_up
+        assert lab.reset(cell, "target-1").proved
+    lab.close_cell(cell)
+    wait_for(lambda: f"guard-{cell}" not in {t.name for t in threading.enumerate()})
     assert w.host.left == []
 
 
