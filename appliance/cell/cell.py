@@ -17,9 +17,10 @@ from typing import NamedTuple, TypeVar
 from appliance.cell.baseline import Baseline, Workshop, prove, restore, set_clock
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.proof import Proof
+from appliance.cell.roster import Roster
 from appliance.cell.segment import Segment
 from appliance.cell.standby import StandbyPool
-from appliance.errors import GuestChannelError, HotcellError, LabError, NotFoundError, ResetError
+from appliance.errors import GuestChannelError, HotcellError, LabError, ResetError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -65,12 +66,8 @@ class Cell:
 
     def __init__(self, cell_id: str, shop: Workshop, pool: StandbyPool | None = None) -> None:
         self.id = cell_id
-        self._machines: dict[str, Incarnation] = {}
-        self._baselines: dict[str, Baseline] = {}
-        self._book = threading.Lock()
+        self._roster = Roster(cell_id)
         self._segment = Segment(cell_id, shop.ledger)
-        self._dying: dict[str, Incarnation] = {}
-        self._ends: list[concurrent.futures.Future[None]] = []
         self._condemned = False
         self._plugging = threading.Lock()
         self._shop = shop
@@ -88,21 +85,17 @@ class Cell:
     @property
     def machines(self) -> dict[str, Incarnation]:
         """A copy of what there is now, in the order in which machines were first asked for."""
-        with self._book:
-            names = [*self._baselines, *(n for n in self._machines if n not in self._baselines)]
-            return {n: self._machines[n] for n in names if n in self._machines}
+        return self._roster.machines()
 
     @property
     def baselines(self) -> dict[str, Baseline]:
         """What each machine was last proved against, lost machines included; a copy."""
-        with self._book:
-            return dict(self._baselines)
+        return self._roster.baselines()
 
     @property
     def empty(self) -> bool:
         """True if no machine of the cell is left, not even one that is ending."""
-        with self._book:
-            return not self._machines and not self._dying
+        return not self._roster.everything()
 
     def machine(self, name: str) -> Incarnation:
         """A machine by name.
@@ -110,15 +103,7 @@ class Cell:
         Raises:
             NotFoundError: there is none of that name, or it was lost.
         """
-        machines = self.machines
-        if name not in machines:
-            lost = name in self.baselines
-            known = ", ".join(sorted(machines)) or "none"
-            raise NotFoundError(
-                f"cell {self.id} has no machine {name!r}" + (": it was withheld or lost" if lost else ""),
-                hint=f"a reset brings {name} back" if lost else f"it has: {known}",
-            )
-        return machines[name]
+        return self._roster.machine(name)
 
     def baseline(self, name: str) -> Baseline:
         """The baseline of a machine by name, also of one that was lost.
@@ -126,18 +111,11 @@ class Cell:
         Raises:
             NotFoundError: the cell never had a machine of that name.
         """
-        baselines = self.baselines
-        if name not in baselines:
-            raise NotFoundError(
-                f"cell {self.id} has no machine {name!r}",
-                hint=f"it has: {', '.join(sorted(baselines)) or 'none'}",
-            )
-        return baselines[name]
+        return self._roster.baseline(name)
 
     def give_up(self, name: str) -> Incarnation:
         """Take a machine out of the cell; from then on its end is the caller's."""
-        with self._book:
-            return self._machines.pop(name)
+        return self._roster.give_up(name)
 
     # -- machines come ----------------------------------------------------------------------------------
 
@@ -168,11 +146,8 @@ class Cell:
     def _renew(
         self, baselines: Sequence[Baseline], on_proof: OnProof, began: float, *, plug: bool
     ) -> list[Renewal]:
-        with (
-            self._book
-        ):  # side by side they come in any order; people and views get the one that was asked for
-            for baseline in baselines:
-                self._baselines.setdefault(baseline.machine.name, baseline)
+        for baseline in baselines:  # side by side they come in any order; views get the one asked for
+            self._roster.expect(baseline)
         if len(baselines) == 1:  # no thread: that would cost a tenth of what a standby takes
             renewals = [self._fresh(baselines[0], began)]
         else:
@@ -202,7 +177,7 @@ class Cell:
         standby, why = self._pool.take(baseline, self.id) if self._pool else (None, "no standbys are kept")
         if standby is not None:
             self._enter(standby.machine)
-            self._remember(baseline)
+            self._roster.proved(baseline)
             return Renewal(standby.machine, standby.proof, "", (), 0.0, 0.0)
         withheld: list[Proof] = []
         while True:
@@ -211,14 +186,13 @@ class Cell:
             self._enter(clone)
             proof = prove(clone, baseline, start)
             if proof.proved:
-                self._remember(baseline)
+                self._roster.proved(baseline)
                 return Renewal(clone, proof, why, tuple(withheld), 0.0, 0.0)
             withheld.append(proof)
             try:
                 self._retire([clone])
             except Exception:  # noqa: BLE001 - a link that withstands: close tries again, nobody plugs it in
-                with self._book:
-                    self._dying[clone.id] = self._machines.pop(clone.name)
+                self._roster.dies(clone)
             if len(withheld) == _ATTEMPTS:
                 return Renewal(clone, proof, why, tuple(withheld), 0.0, 0.0)
 
@@ -228,15 +202,10 @@ class Cell:
         Raises:
             LabError: the cell was condemned; who closed it may have looked for machines before.
         """
-        with self._book:
-            self._machines[machine.name] = machine
+        self._roster.enter(machine)
         if self._condemned:
             self._retire([machine])
             self._require_open()
-
-    def _remember(self, baseline: Baseline) -> None:
-        with self._book:
-            self._baselines[baseline.machine.name] = baseline
 
     def _require_open(self) -> None:
         if self._condemned:
@@ -289,10 +258,8 @@ class Cell:
         return time.monotonic() - began
 
     def _cut(self) -> Cut:
-        with self._book:
-            machines = [*self._machines.values(), *self._dying.values()]
         links, failures = 0, list[str]()
-        for machine in machines:
+        for machine in self._roster.everything():
             was = machine.plugged
             try:
                 machine.unplug()
@@ -316,32 +283,21 @@ class Cell:
             except Exception as e:  # noqa: BLE001 - whatever it was, the next machine is cut too
                 failures.append(e)
                 continue
-            with self._book:
-                self._dying[machine.id] = machine
-                if self._machines.get(machine.name) is machine:
-                    del self._machines[machine.name]
-                self._ends = [*(f for f in self._ends if not f.done()), *self._begin_to_end([machine])]
+            self._roster.dies(machine, lambda m=machine: self._begin_to_end([m]))  # type: ignore[misc]
         if failures:
             raise failures[0]
 
     def _end(self, machine: Incarnation) -> None:
         """Destroy a machine; one that withstands stays known, so that it is tried again."""
         machine.destroy()
-        with self._book:
-            self._dying.pop(machine.id, None)
-            if self._machines.get(machine.name) is machine:
-                del self._machines[machine.name]
+        self._roster.gone(machine)
 
     def destroy_machines(self) -> None:
         """Destroy every incarnation, side by side; each is tried, the first failure raised at the end."""
         with suppress(HotcellError):
             self.cut()
-        with self._book:
-            under_way, self._ends = self._ends, []
-        concurrent.futures.wait(under_way)  # of those none is destroyed twice at once
-        with self._book:
-            machines = [*self._machines.values(), *self._dying.values()]
-        for failure in [f.exception() for f in self._begin_to_end(machines)]:
+        concurrent.futures.wait(self._roster.take_ends())  # of those none is destroyed twice at once
+        for failure in [f.exception() for f in self._begin_to_end(self._roster.everything())]:
             if failure is not None:
                 raise failure
 
