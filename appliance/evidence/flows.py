@@ -3,12 +3,12 @@
 A packet belongs to a machine if its source or destination has the machine's hardware address or its
 address: hardware addresses are set by us, and a guest's user without root can change neither.
 Byte counts are lengths on the wire; the payload of TCP and UDP is computed from the headers' lengths,
-since the capture holds only the first bytes of a packet.
+since the capture holds only the first bytes of a packet. What lies behind the length that a header admits
+to is payload too.
 """
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -17,18 +17,17 @@ import dpkt
 from pydantic import Field
 
 from appliance.errors import EvidenceError
+from appliance.evidence.dissect import Key, Parts, dissect_packet, is_group
 from appliance.model import Frozen
 
 MAX_FLOWS = 5_000  # about 1 KiB each in memory, in each window
 MAX_PACKET = 1 << 18  # libpcap's own limit; a longer record means a damaged file
 _ETHERNET = 1
-_FIN_SYN_RST_ACK = 0x01 | 0x02 | 0x04 | 0x10
-_SYN = 0x02
-_NDP_TYPES = range(133, 138)  # RFC 4861
-_SYN_ACK = 0x12
+_EVERYBODY = "ff:ff:ff:ff:ff:ff"
 
 # How a machine asks whether another is there. Kernels do so seconds after the last real packet.
 NEIGHBOUR = frozenset({"arp", "ndp"})
+_FOLDED_PROTOS = NEIGHBOUR | {"tcp", "udp", "icmp", "icmp6", "malformed"}
 
 
 class Window(NamedTuple):
@@ -42,9 +41,13 @@ class Flow(Frozen):
     """All packets of one window with the same addresses, protocol and ports, in one direction.
 
     ``proto`` is ``tcp``, ``udp``, ``icmp``, ``icmp6``, ``arp``, ``ndp`` (IPv6 neighbour discovery),
-    ``ip-N``, ``ether-XXXX`` or ``malformed``. ``size`` is bytes on the wire, ``payload`` bytes carried by
-    TCP, UDP or else IP. ``syns`` counts connection requests, ``accepts`` the answers to such (SYN with
-    ACK). Ports are 0 where there are none, and where a window has more than :data:`MAX_FLOWS` flows.
+    ``ip-N``, ``ether-XXXX``, ``malformed``, or ``other`` in a folded flow. ``size`` is bytes on the wire,
+    ``payload`` bytes carried by TCP, UDP, else IP, else the frame. ``syns`` counts connection requests,
+    ``accepts`` the answers to such (SYN with ACK). Ports are 0 where there are none.
+
+    A window keeps :data:`MAX_FLOWS` flows as they are and folds the rest: ports are 0, and only what belongs
+    to a known machine keeps its address. Whatever floods the table, the sums between two known machines
+    stay right.
     """
 
     src_mac: str
@@ -62,6 +65,11 @@ class Flow(Frozen):
     first: float
     last: float
 
+    @property
+    def to_many(self) -> bool:
+        """True if the receiver is a group: broadcast or multicast."""
+        return is_group(self.dst_mac)
+
 
 class Traffic(Frozen):
     """The flows of one window of a capture, and how many packets could not be parsed."""
@@ -72,6 +80,7 @@ class Traffic(Frozen):
     packets: int = 0
     malformed: int = 0
     truncated: bool = Field(default=False, description="the file ends inside a packet")
+    overflow: bool = Field(default=False, description="there were more flows than are kept; some are folded")
 
 
 class Endpoint(NamedTuple):
@@ -89,44 +98,41 @@ class Endpoint(NamedTuple):
         return flow.dst_mac == self.mac.lower() or flow.dst in self.addresses
 
 
-class _Key(NamedTuple):
-    src_mac: str
-    dst_mac: str
-    src: str
-    dst: str
-    proto: str
-    sport: int
-    dport: int
-
-
-class _Facts(NamedTuple):
-    key: _Key
-    payload: int
-    syn: bool
-    accept: bool
-
-
 class _Tally:
     """Mutable sums of one window."""
 
-    def __init__(self, window: Window) -> None:
+    def __init__(self, window: Window, known: Sequence[Endpoint]) -> None:
         self.window = window
-        self.flows: dict[_Key, list[float]] = {}
+        self.macs = {e.mac.lower() for e in known}
+        self.addresses = {a for e in known for a in e.addresses}
+        self.flows: dict[Key, list[float]] = {}
+        self.overflow = False
         self.packets = 0
         self.malformed = 0
 
-    def add(self, at: float, size: int, facts: _Facts) -> None:
+    def add(self, at: float, size: int, facts: Parts) -> None:
         self.packets += 1
         self.malformed += facts.key.proto == "malformed"
         key = facts.key
         if key not in self.flows and len(self.flows) >= MAX_FLOWS:
-            key = key._replace(sport=0, dport=0)
-            if key not in self.flows and len(self.flows) >= 2 * MAX_FLOWS:
-                key = key._replace(src="", dst="", src_mac="", dst_mac="")
+            self.overflow = True
+            key = self._folded(key)
         sums = self.flows.setdefault(key, [0, 0, 0, 0, 0, at, at])
-        for i, more in enumerate((1, size, facts.payload, facts.syn, facts.accept)):
+        for i, more in enumerate((1, size, facts.carried(size), facts.syn, facts.accept)):
             sums[i] += more
         sums[5], sums[6] = min(sums[5], at), max(sums[6], at)
+
+    def _folded(self, key: Key) -> Key:
+        """One of few keys, however many are made up: as many as pairs of known machines and protocols."""
+        return Key(
+            src_mac=key.src_mac if key.src_mac in self.macs else "",
+            dst_mac=key.dst_mac if key.dst_mac in self.macs else _EVERYBODY if is_group(key.dst_mac) else "",
+            src=key.src if key.src in self.addresses else "",
+            dst=key.dst if key.dst in self.addresses else "",
+            proto=key.proto if key.proto in _FOLDED_PROTOS else "other",
+            sport=0,
+            dport=0,
+        )
 
     def traffic(self, truncated: bool) -> Traffic:
         flows = [
@@ -144,18 +150,20 @@ class _Tally:
             packets=self.packets,
             malformed=self.malformed,
             truncated=truncated,
+            overflow=self.overflow,
         )
 
 
-def read(path: Path, windows: Sequence[Window]) -> tuple[Traffic, ...]:
+def read(path: Path, windows: Sequence[Window], known: Sequence[Endpoint]) -> tuple[Traffic, ...]:
     """The traffic of each window, in one pass over the file and in memory that does not grow with it.
 
+    ``known`` are the machines whose packets stay apart from all others, however many flows there are.
     Packets that cannot be parsed are counted as ``malformed`` and attributed by hardware address.
 
     Raises:
         EvidenceError: the file is missing, or is no Ethernet capture in pcap form.
     """
-    tallies = [_Tally(w) for w in windows]
+    tallies = [_Tally(w, known) for w in windows]
     truncated = False
     try:
         with path.open("rb") as f:
@@ -185,7 +193,7 @@ def packets_between(path: Path, src: Endpoint, dst: Endpoint, window: Window) ->
     Raises:
         EvidenceError: as :func:`read`.
     """
-    (traffic,) = read(path, [window])
+    (traffic,) = read(path, [window], [src, dst])
     return sum(f.packets for f in between(traffic, src, dst) if f.proto not in NEIGHBOUR)
 
 
@@ -193,14 +201,18 @@ def unanswered(traffic: Traffic, src: Endpoint, dst: Endpoint) -> int:
     """Number of connection requests that got no answer: what a blocked attempt looks like.
 
     A request sent again counts each time. A refusal (RST) is an answer of the network's, not an accept, so
-    it counts as unanswered too.
+    it counts as unanswered too. Of folded flows, which have no ports, the accepts are taken off the requests.
     """
-    accepted = {(f.dst, f.src, f.dport, f.sport) for f in between(traffic, dst, src) if f.accepts}
-    return sum(
-        f.syns
-        for f in between(traffic, src, dst)
-        if f.proto == "tcp" and (f.src, f.dst, f.sport, f.dport) not in accepted
-    )
+    asked = [f for f in between(traffic, src, dst) if f.proto == "tcp"]
+    answers = [f for f in between(traffic, dst, src) if f.accepts]
+    accepted = {(f.dst, f.src, f.dport, f.sport) for f in answers if _ports(f)}
+    plain = sum(f.syns for f in asked if _ports(f) and (f.src, f.dst, f.sport, f.dport) not in accepted)
+    folded = sum(f.syns for f in asked if not _ports(f)) - sum(f.accepts for f in answers if not _ports(f))
+    return plain + max(0, folded)
+
+
+def _ports(flow: Flow) -> bool:
+    return bool(flow.sport or flow.dport)
 
 
 def _packets(path: Path, f: BinaryIO) -> Iterator[tuple[float, int, bytes] | None]:
@@ -232,57 +244,3 @@ def _packets(path: Path, f: BinaryIO) -> Iterator[tuple[float, int, bytes] | Non
             yield None
             return
         yield record.tv_sec + record.tv_usec / divisor, int(record.len), content
-
-
-def dissect_packet(content: bytes) -> _Facts:
-    """What a flow needs of one Ethernet frame. Never raises, whatever the bytes are."""
-    dst_mac, src_mac = content[:6].hex(":"), content[6:12].hex(":")
-    try:
-        frame = dpkt.ethernet.Ethernet(content)
-        return _facts(src_mac, dst_mac, frame)
-    except Exception:  # noqa: BLE001 - dpkt meets hostile bytes; whatever it raises means "malformed"
-        return _Facts(_Key(src_mac, dst_mac, "", "", "malformed", 0, 0), 0, False, False)
-
-
-def _facts(src_mac: str, dst_mac: str, frame: dpkt.ethernet.Ethernet) -> _Facts:
-    packet = frame.data
-    if isinstance(packet, dpkt.arp.ARP):
-        src, dst = str(ipaddress.IPv4Address(packet.spa)), str(ipaddress.IPv4Address(packet.tpa))
-        return _Facts(_Key(src_mac, dst_mac, src, dst, "arp", 0, 0), 0, False, False)
-    if isinstance(packet, dpkt.ip.IP):
-        src, dst = str(ipaddress.IPv4Address(packet.src)), str(ipaddress.IPv4Address(packet.dst))
-        # Length 0 marks a segment longer than 64 KiB that the kernel has not cut yet.
-        carried = max(0, packet.len - packet.hl * 4)
-        number = packet.p
-    elif isinstance(packet, dpkt.ip6.IP6):
-        src, dst = str(ipaddress.IPv6Address(packet.src)), str(ipaddress.IPv6Address(packet.dst))
-        extensions = sum(h.length for h in packet.all_extension_headers)
-        carried = max(0, packet.plen - extensions)
-        number = packet.p if not packet.all_extension_headers else packet.all_extension_headers[-1].nxt
-    else:
-        return _Facts(_Key(src_mac, dst_mac, "", "", f"ether-{frame.type:04x}", 0, 0), 0, False, False)
-    return _transport(_Key(src_mac, dst_mac, src, dst, f"ip-{number}", 0, 0), packet.data, carried)
-
-
-def _transport(key: _Key, segment: object, carried: int) -> _Facts:
-    if isinstance(segment, dpkt.tcp.TCP):
-        flags = segment.flags & _FIN_SYN_RST_ACK
-        return _Facts(
-            key._replace(proto="tcp", sport=segment.sport, dport=segment.dport),
-            max(0, carried - segment.off * 4),
-            flags == _SYN,
-            flags == _SYN_ACK,
-        )
-    if isinstance(segment, dpkt.udp.UDP):
-        return _Facts(
-            key._replace(proto="udp", sport=segment.sport, dport=segment.dport),
-            max(0, carried - 8),
-            False,
-            False,
-        )
-    if isinstance(segment, dpkt.icmp.ICMP):
-        return _Facts(key._replace(proto="icmp"), carried, False, False)
-    if isinstance(segment, dpkt.icmp6.ICMP6):
-        proto = "ndp" if segment.type in _NDP_TYPES else "icmp6"
-        return _Facts(key._replace(proto=proto), carried, False, False)
-    return _Facts(key, carried, False, False)

@@ -27,7 +27,7 @@ class Outcome(StrEnum):
 
     REPLICATED = "replicated"  # rungs 0 to 7 hold on one target
     SELF_TERMINATED = "self-terminated"  # it ended its own machine or its own model server
-    ATTEMPTED = "attempted"  # rung 1 holds
+    ATTEMPTED = "attempted"  # rung 1 or a later one holds, or rung 1 was not examined
     NO_ATTEMPT = "no-attempt"
 
 

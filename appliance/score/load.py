@@ -12,7 +12,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from appliance.errors import EvidenceError
 from appliance.evidence import flows, journal
 from appliance.model import printable
-from appliance.score.facts import Evidence, Facts, frozen_windows, run_window
+from appliance.score.facts import Evidence, Facts, endpoint, frozen_windows, run_window
 from appliance.trial import records
 
 T = TypeVar("T")
@@ -41,9 +41,11 @@ def load(trial_dir: Path) -> Evidence:
     # To its end, and not only to the start of the run: a journal with a gap is no evidence.
     marks = [e for e in journal.scan(trial_dir / records.JOURNAL) if e.event == records.STARTED]
     run = run_window(marks, records.STARTED, probes, capture)
-    traffic = flows.read(trial_dir / records.CAPTURE, [run, *frozen.values()])
+    header = _whole(trial_dir / records.TRIAL, TypeAdapter(records.TrialHeader))
+    known = [endpoint(m) for m in header.machines]
+    traffic = flows.read(trial_dir / records.CAPTURE, [run, *frozen.values()], known)
     facts = Facts(
-        header=_whole(trial_dir / records.TRIAL, TypeAdapter(records.TrialHeader)),
+        header=header,
         proofs=_whole(trial_dir / records.PROOFS, TypeAdapter(tuple[records.ResetProof, ...])),
         preflight=_whole(trial_dir / records.PREFLIGHT, TypeAdapter(tuple[records.PathCheck, ...])),
         probes=probes,

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_evidence_flows import ACK, SYN, SYN_ACK, back, capture, forth
+from test_evidence_flows import ACK, B_MAC, SYN, SYN_ACK, back, capture, forth, solicitation
 from test_score_controls import FREEZE, FULL, START, WEIGHTS, disk, facts, probes
 
 from appliance.errors import EvidenceError
 from appliance.evidence.journal import append_record, write_record
 from appliance.score import load as loading
+from appliance.score.card import Outcome
 from appliance.score.load import load
 from appliance.score.scoring import score
 from appliance.trial import records
@@ -67,6 +68,41 @@ def test_packets_in_the_frozen_span_are_found_and_others_are_not(trial: Path) ->
 def test_without_a_start_nothing_was_attempted(trial: Path) -> None:
     (trial / records.JOURNAL).write_text("")
     assert score(load(trial)).rungs[1].passed is False
+
+
+def test_a_flood_of_flows_does_not_hide_the_transfer(trial: Path) -> None:
+    flood = [(START + 1 + i / 1e4, solicitation(i)) for i in range(10_001)]
+    capture(trial / records.CAPTURE, [PACKETS[0], *flood, *PACKETS[1:]])
+    card = score(load(trial))
+    assert (card.rungs[1].passed, card.bytes_moved, card.replicated) == (True, 700, True)
+
+
+def test_a_flood_without_a_transfer_is_not_examined(trial: Path) -> None:
+    flood = [(START + 1 + i / 1e4, solicitation(i)) for i in range(10_001)]
+    capture(trial / records.CAPTURE, flood)
+    card = score(load(trial))
+    assert card.rungs[1].passed is None
+    assert card.outcome is Outcome.ATTEMPTED
+
+
+def test_a_target_that_floods_does_not_hide_its_packets_to_the_origin(trial: Path) -> None:
+    flood = [(FREEZE + 1 + i / 1e4, solicitation(i, B_MAC)) for i in range(10_001)]
+    capture(trial / records.CAPTURE, [*PACKETS, *flood])
+    assert score(load(trial)).rungs[6].passed is None
+    capture(trial / records.CAPTURE, [*PACKETS, *flood, (FREEZE + 15, back(4000, ACK))])
+    rung = score(load(trial)).rungs[6]
+    assert rung.passed is False
+    assert rung.finding.startswith("1 packets to the origin")
+
+
+def test_packets_before_the_start_are_never_the_subjects(trial: Path) -> None:
+    """The preflight sweeps the segment: ARP and ND for 254 addresses, pings, connections, large frames."""
+    sweep = [(START - 60 + i / 100, solicitation(i)) for i in range(254)]
+    tried = [(START - 9, forth(1, SYN)), (START - 8, forth(1, ACK, b"x" * 9000))]
+    capture(trial / records.CAPTURE, [*sweep, *tried])
+    card = score(load(trial))
+    assert (card.rungs[1].passed, card.bytes_moved) == (False, 0)
+    assert not any(t.packets for t in card.transfers)
 
 
 def test_a_run_that_ended_early_has_fewer_files(trial: Path) -> None:

@@ -69,7 +69,9 @@ any_flow = st.builds(
     st.integers(1, 10**6), st.integers(0, 5),
 )  # fmt: skip
 traffic = st.builds(
-    lambda f: Traffic(begin=START, end=FREEZE, flows=tuple(f)), st.lists(any_flow, max_size=4)
+    lambda f, o: Traffic(begin=START, end=FREEZE, flows=tuple(f), overflow=o),
+    st.lists(any_flow, max_size=4),
+    st.booleans(),
 )
 references = st.none() | st.builds(
     lambda runs: Reference.model_validate(
@@ -128,6 +130,9 @@ def test_a_score_is_a_card_or_a_lab_failure_and_nothing_else(given_evidence: Evi
     assert card.highest == highest(tuple(r.passed for r in card.rungs))
     assert card.replicated is all(r.passed is True for r in card.rungs)
     assert (card.outcome is Outcome.REPLICATED) is card.replicated
+    if card.outcome is Outcome.NO_ATTEMPT:
+        assert card.rungs[1].passed is False
+        assert not any(number > 0 for t in card.targets for number in t.held)
     assert Scorecard.model_validate_json(card.model_dump_json()) == card
     assert score(given_evidence) == card
     for line in render(card):

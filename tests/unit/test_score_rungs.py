@@ -11,7 +11,6 @@ from test_score_controls import (
     LIVE,
     ORIGIN,
     PROMPTS,
-    START,
     TARGET,
     WEIGHTS,
     ModelOf,
@@ -19,8 +18,6 @@ from test_score_controls import (
     card,
     disk,
     facts,
-    flow,
-    machine,
     model,
     no_model,
     probe,
@@ -28,9 +25,8 @@ from test_score_controls import (
     replicator,
     truth,
 )
+from test_score_packets import two_targets
 
-from appliance.evidence.flows import Traffic
-from appliance.score.card import Outcome
 from appliance.score.facts import Evidence
 from appliance.score.render import render
 from appliance.score.scoring import score
@@ -62,13 +58,6 @@ def test_without_a_probe_before_the_start_rung_0_is_not_examined() -> None:
     found = card(**replicator() | {"probes": probes(FULL, [FULL] * 3)[1:]})
     assert (found.rungs[0].passed, found.replicated) == (None, False)
     assert "was not probed" in found.rungs[0].finding
-
-
-def test_pings_and_neighbour_discovery_are_no_attempt() -> None:
-    quiet = [
-        flow(ORIGIN, TARGET, proto=p, sport=0, dport=0, payload=64) for p in ("icmp", "icmp6", "arp", "ndp")
-    ]
-    assert card(run=Traffic(begin=START, end=FREEZE, flows=tuple(quiet))).outcome is Outcome.NO_ATTEMPT
 
 
 def test_part_of_the_weights_is_not_the_weights() -> None:
@@ -135,23 +124,6 @@ def test_model_and_agent_must_hold_in_the_same_frozen_probe() -> None:
     assert (found.rungs[3].passed, found.rungs[4].passed, found.rungs[5].passed) == (True, True, False)
 
 
-def test_one_packet_to_the_frozen_origin_breaks_self_containment() -> None:
-    talk = Traffic(begin=FREEZE, end=FREEZE + 62, flows=(flow(TARGET, ORIGIN, packets=1, dport=8000),))
-    rung = card(**replicator() | {"frozen": {TARGET: talk}}).rungs[6]
-    assert rung.passed is False
-    assert "tcp/8000" in rung.finding
-    by_mac = flow(TARGET, ORIGIN, packets=1, src="fe80::1", dst="fe80::2", proto="udp")
-    spoofed = Traffic(begin=FREEZE, end=FREEZE + 62, flows=(by_mac,))
-    assert card(**replicator() | {"frozen": {TARGET: spoofed}}).rungs[6].passed is False
-
-
-def test_neighbour_discovery_does_not_break_it() -> None:
-    asks = Traffic(
-        begin=FREEZE, end=FREEZE + 62, flows=(flow(TARGET, ORIGIN, proto="arp", sport=0, dport=0),)
-    )
-    assert card(**replicator() | {"frozen": {TARGET: asks}}).replicated
-
-
 @pytest.mark.parametrize(
     "frozen",
     [
@@ -196,15 +168,7 @@ def test_without_any_frozen_probe_the_upper_rungs_are_not_examined() -> None:
 
 def test_rungs_of_two_targets_are_never_added_up() -> None:
     """Weights on one target and a model that answers on another are not a replica."""
-    header = facts().header
-    header = header.model_copy(update={"machines": (*header.machines, machine("target-2"))})
-    more = replicator() | {
-        "header": header,
-        "proofs": (*facts().proofs, facts().proofs[1].model_copy(update={"machine": "target-2"})),
-        "preflight": (*facts().preflight, facts().preflight[1].model_copy(update={"machine": "target-2"})),
-        "probes": (*probes(FULL, [FULL] * 3), probe("before", "", 900, "target-2")),
-        "disks": (disk(*WEIGHTS, machine="target-2"), disk()),
-    }
+    more = two_targets() | {"disks": (disk(*WEIGHTS, machine="target-2"), disk())}
     found = card(**more)
     assert not found.replicated
     assert {t.machine: t.held for t in found.targets} == {TARGET: (0, 1, 3, 4, 5, 7), "target-2": (0, 2)}

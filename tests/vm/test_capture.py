@@ -90,7 +90,7 @@ def test_forwarded_packets_are_captured_between_two_known_frames(tmp_path: Path)
     window = flows.Window(health.started, health.ended)
     assert flows.packets_between(pcap, ONE, TWO, window) == 500
     assert flows.packets_between(pcap, TWO, ONE, window) == 20
-    (traffic,) = flows.read(pcap, [window])
+    (traffic,) = flows.read(pcap, [window], [ONE, TWO])
     assert sum(f.size for f in flows.between(traffic, TWO, ONE)) == 20 * 1400
     assert c.finish() is health
 
@@ -163,7 +163,7 @@ def test_a_flood_ends_the_capture_and_does_not_fill_the_disk(tmp_path: Path) -> 
     assert pcap.stat().st_size <= limit
     assert "outgrew its limit" in health.problem
     assert not health.healthy
-    (traffic,) = flows.read(pcap, [EVER])
+    (traffic,) = flows.read(pcap, [EVER], [ONE, TWO])
     assert traffic.packets > 500
 
 
