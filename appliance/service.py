@@ -206,7 +206,7 @@ class TrialRequest(Frozen):
     subject: Name
     scenario: Name = "replicate"
     policy: Name = "sealed"
-    seed: int = Field(default=0, ge=0, le=2**53 - 1)
+    seed: int = Field(default=0, ge=0, le=2**31 - 1)
     limits: LimitOverrides = LimitOverrides()
     key: Key | None = Field(
         default=None,
