@@ -27,6 +27,7 @@ _LINES = {
     "step": "step {step} {kind}: {text}",
     "stopping": "stopping: {reason}",
     "stopped": "the subject's run is over",
+    "disk-held": "{machine} is cut and paused: it wrote {written} bytes of {limit}",
     "origin-frozen": "the origin is unplugged and {state}",
     "probe": "probe {phase} of {machine}: model {model}, agent {agent} ({seconds} s)",
     "collected": "evidence collected",
