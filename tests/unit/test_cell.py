@@ -173,6 +173,27 @@ def test_cut_tries_every_link_and_says_how_many_failed(h: Host, monkeypatch: pyt
     assert len(h.net.plugged) == 1
 
 
+def test_whatever_keeps_one_link_from_being_cut_the_next_one_is(
+    h: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = h.cell(*ALL)
+    cell.plug_all()
+
+    def no(self: object = None) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(cell.machine("origin"), "unplug", no)
+    cut = cell.condemn()
+    assert (cut.links, cut.failed) == (2, 1)
+    assert "Too many open files" in cut.problem("c1")
+    assert len(h.net.plugged) == 1
+    with pytest.raises(LabError, match="1 links were not cut"):
+        cell.cut()
+    with pytest.raises(OSError, match="Too many"):
+        cell.reset([h.baseline(n) for n in ALL], lambda _p: None)
+    assert list(cell.machines) == ["origin"], "the others were cut and stopped all the same"
+
+
 def test_a_condemned_cell_is_never_plugged_again(h: Host) -> None:
     cell = h.cell("origin")
     cell.plug_all()
@@ -287,6 +308,67 @@ def test_a_group_is_plugged_only_when_all_are_proved(h: Host) -> None:
         cell.reset([h.baseline(n) for n in ("origin", "target-1")], lambda _p: None)
     assert h.net.plugged == {}
     assert not cell.machine("origin").plugged
+
+
+def test_a_machine_that_was_lost_comes_back(h: Host) -> None:
+    cell = h.cell("origin", "target-1")
+    cell.plug_all()
+    h.unproved = {"target-1"}
+    with pytest.raises(ResetError):
+        cell.reset([cell.baseline("target-1")], lambda _p: None)
+    assert list(cell.machines) == ["origin"]
+    assert list(cell.baselines) == ["origin", "target-1"]
+    with pytest.raises(NotFoundError, match="lost") as e:
+        cell.machine("target-1")
+    assert "a reset brings target-1 back" in e.value.hint
+    with pytest.raises(NotFoundError, match="target-7"):
+        cell.baseline("target-7")
+    h.unproved = set()
+    cell.reset(list(cell.baselines.values()), lambda _p: None)
+    assert list(cell.machines) == ["origin", "target-1"]
+    assert len(h.net.plugged) == 2
+
+
+def test_a_machine_remembers_the_last_baseline_that_it_was_proved_against(h: Host) -> None:
+    cell = h.cell("origin")
+    other = h.baseline("origin").model_copy(update={"folder": h.paths.baselines / "other"})
+    h.unproved = {"origin"}
+    with pytest.raises(ResetError):
+        cell.reset([other], lambda _p: None)
+    assert cell.baseline("origin") == h.baseline("origin")
+    h.unproved = set()
+    cell.reset([other], lambda _p: None)
+    assert cell.baseline("origin") == other
+
+
+def test_who_looks_at_the_machines_while_one_is_lost_sees_a_copy(h: Host) -> None:
+    cell = h.cell(*ALL)
+    h.unproved = {"origin"}
+    seen = iter(cell.machines)
+    assert next(seen) == "origin"
+    with pytest.raises(ResetError):
+        cell.reset([h.baseline("origin")], lambda _p: None)
+    assert list(seen) == ["target-1", "world"]
+
+
+def test_a_machine_that_comes_after_the_cell_was_condemned_is_ended(h: Host) -> None:
+    cell = h.cell("origin")
+    cell.plug_all()
+
+    def condemn(_clone: Incarnation) -> None:
+        cell.condemn()
+        cell.close()
+        assert cell.empty
+
+    h.on_restore = condemn
+    with pytest.raises(LabError, match="cut for good"):
+        cell.reset([h.baseline("origin")], lambda _p: None)
+    cell.destroy_machines()
+    assert h.net.plugged == {}
+    assert h.libvirt.domains == {}
+    h.on_restore = lambda _clone: pytest.fail("nothing is restored into a condemned cell")
+    with pytest.raises(LabError, match="cut for good"):
+        cell.reset([h.baseline("origin")], lambda _p: None)
 
 
 def test_a_machine_by_an_unknown_name_is_told_with_the_known_ones(h: Host) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import resource
 import socket
 from pathlib import Path
 
@@ -124,3 +127,22 @@ def test_the_namespace_of_a_process_that_is_gone_is_an_error() -> None:
     with pytest.raises(OSError, match="No such"):
         netlink.namespace_inode(1 << 22)
     assert netlink.namespace_inode() == Path("/proc/self/ns/net").stat().st_ino
+
+
+@in_namespace
+def test_a_process_without_free_descriptors_gets_an_error_of_ours() -> None:
+    """The kill switch goes on to the next machine after any error of ours."""
+    add_tap("hct1")
+    netlink.unplug("hct1")
+    taken: list[int] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    with contextlib.suppress(OSError):
+        while True:
+            taken.append(os.open(os.devnull, os.O_RDONLY))
+    try:
+        with pytest.raises(LabError, match="unplug hct1"):
+            netlink.unplug("hct1")
+    finally:
+        for fd in taken:
+            os.close(fd)
+    netlink.unplug("hct1")

@@ -260,3 +260,78 @@ def test_a_segment_that_cannot_be_made_is_tried_again(h: Host, pool: StandbyPool
     h.net.refuse = set()
     pool.keep("c1", [h.baseline("origin")])
     assert pool.wait_ready(WAIT_S)
+
+
+# -- whose wish it is ------------------------------------------------------------------------------------
+
+
+def names(pool: StandbyPool) -> set[str]:
+    return {m.name for m in pool.ready().values()}
+
+
+def test_what_one_owner_wishes_takes_nothing_from_another(h: Host, pool: StandbyPool) -> None:
+    pool.keep("c1", [h.baseline("origin")])
+    pool.keep("c2", [h.baseline("target-1")])
+    assert pool.wait_ready(WAIT_S)
+    assert names(pool) == {"origin", "target-1"}
+    pool.keep("c2", [h.baseline("world")])
+    assert pool.wait_ready(WAIT_S)
+    assert names(pool) == {"origin", "world"}
+
+
+def test_those_of_the_last_owner_that_ended_stay_for_the_next(h: Host, pool: StandbyPool) -> None:
+    pool.keep("t1", [h.baseline("origin")])
+    pool.keep("t2", [h.baseline("target-1")])
+    assert pool.wait_ready(WAIT_S)
+    pool.forget("t1")
+    pool.forget("t1")
+    pool.forget("nobody")
+    assert names(pool) == {"origin", "target-1"}
+    pool.forget("t2")
+    assert names(pool) == {"target-1"}
+    found, _ = pool.take(h.baseline("target-1"), "t3")
+    assert found is not None
+    assert pool.missing() == {}, "none is made again before the next owner has time for it"
+    found.machine.destroy()
+
+
+def test_those_of_who_ended_make_way_for_who_is_there(h: Host) -> None:
+    pool = StandbyPool(h.shop, lambda _machine: "no room" if h.libvirt.domains else "")
+    pool.keep("t1", [h.baseline("origin")])
+    assert pool.wait_ready(WAIT_S)
+    pool.keep("t2", [h.baseline("target-1")])
+    assert not pool.wait_ready(WAIT_S)
+    assert names(pool) == {"origin"}, "that of one who is there stays"
+    pool.forget("t1")
+    pool.keep("t2", [h.baseline("target-1")])
+    assert pool.wait_ready(WAIT_S)
+    assert names(pool) == {"target-1"}
+    pool.close()
+    assert h.left == []
+
+
+def test_a_baseline_that_is_dropped_is_nobodys_wish(h: Host, pool: StandbyPool) -> None:
+    for owner in ("c1", "c2"):
+        pool.keep(owner, [h.baseline("origin"), h.baseline("target-1")])
+    assert pool.wait_ready(WAIT_S)
+    pool.drop(h.baseline("origin").id)
+    assert names(pool) == {"target-1"}
+    assert pool.missing() == {}
+
+
+def test_a_host_that_cannot_be_measured_does_not_end_the_making_for_good(h: Host) -> None:
+    broken = [True]
+
+    def room(_machine: object) -> str:
+        if broken:
+            raise OSError(24, "Too many open files")
+        return ""
+
+    pool = StandbyPool(h.shop, room)
+    pool.keep("c1", [h.baseline("origin")])
+    assert not pool.wait_ready(WAIT_S)
+    assert "Too many open files" in pool.missing()[h.baseline("origin").id]
+    broken.clear()
+    pool.keep("c1", [h.baseline("origin")])
+    assert pool.wait_ready(WAIT_S)
+    pool.close()

@@ -280,3 +280,15 @@ def test_a_dismissed_warden_is_not_missed(guarded: Home, monkeypatch: pytest.Mon
     made.dismiss()
     time.sleep(0.2)
     assert not lost.is_set()
+
+
+def test_left_alone_it_cuts_what_there_is_and_ends(home: Home) -> None:
+    ledger = Ledger(home.paths.ledger)
+    home.qemu(DOMAINS[0])
+    ledger.enter(Kind.DOMAIN, DOMAINS[0], "c1")
+    warden = Warden(home.paths)
+    warden.leave_alone()
+    assert not warden.alive
+    report = home.report()
+    assert (report["reason"], report["machines_killed"]) == ("the control process is gone", 1)
+    assert home.alive() == [False]
