@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import threading
 from collections.abc import Iterator
@@ -363,7 +364,8 @@ def test_a_machine_that_comes_after_the_cell_was_condemned_is_ended(h: Host) -> 
     h.on_restore = condemn
     with pytest.raises(LabError, match="cut for good"):
         cell.reset([h.baseline("origin")], lambda _p: None)
-    cell.destroy_machines()
+    concurrent.futures.wait(cell._roster.take_ends())
+    assert cell.empty, "who closed the cell did not see it, and nobody will close it again"
     assert h.net.plugged == {}
     assert h.libvirt.domains == {}
     h.on_restore = lambda _clone: pytest.fail("nothing is restored into a condemned cell")

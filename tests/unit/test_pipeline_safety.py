@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import Any
 
 import pytest
 from fakes.bench import FakeWarden, Workbench, workbench
@@ -126,6 +127,27 @@ def test_an_error_that_nobody_foresaw_keeps_no_trial_running(
     assert w.host.net.plugged == {}
     assert ended(lab, trial).state is TrialState.ABORTED
     monkeypatch.undo()
+
+
+def test_an_error_at_one_trial_keeps_the_others_from_running_on(
+    lab: Lab, w: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w.talk = [event_line("start")]
+    running, waiting = lab.create_trial(ASKED).id, lab.create_trial(ASKED).id
+    wait_for(lambda: lab.trial(running).state is TrialState.RUNNING)
+    real, bad = lab._trials._dispatcher.stop, [OSError(24, "Too many open files")]
+
+    def stop(*args: Any, **how: Any) -> None:
+        if bad:
+            raise bad.pop()
+        real(*args, **how)
+
+    monkeypatch.setattr(lab._trials._dispatcher, "stop", stop)
+    lab.kill("a drill")
+    assert ended(lab, waiting).state is TrialState.ABORTED
+    assert w.host.net.plugged == {}, "the cell of the other was cut all the same"
+    lab.abort(running)
+    assert ended(lab, running).state is TrialState.ABORTED
 
 
 def test_a_lost_warden_throws_the_switch_whatever_the_trials_do(
