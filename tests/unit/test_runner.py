@@ -47,9 +47,10 @@ ORDER = [
 @pytest.fixture
 def s(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     with stage(monkeypatch) as made:
+        before = set(threading.enumerate())
         yield made
-        left = [t.name for t in threading.enumerate() if t.name.startswith(("events-", "guard-"))]
-        assert not left, "the reader and the guard have ended"
+        new = [t.name for t in threading.enumerate() if t not in before]
+        assert not [n for n in new if n.startswith(("events-", "guard-"))], "the reader and the guard have ended"
 
 
 def ending(s: Stage) -> Ending:
