@@ -5,7 +5,6 @@ https://www.qemu.org/docs/master/tools/qemu-img.html
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -50,12 +49,6 @@ def relink(layer: Path, backing: Path) -> None:
 def freeze(layer: Path) -> None:
     """Make a layer read-only: from now on it is a baseline's."""
     layer.chmod(0o400)
-
-
-def digest(path: Path) -> str:
-    """sha256 of a file, as hex."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def used_bytes(path: Path) -> int:

@@ -14,8 +14,8 @@ from fakes.saved import machine, publish_one
 from appliance.cell.baseline import DISK, RAM, RECORD, STATE, BaselineStore, Site, check_files, making
 from appliance.cell.baseline import places as places_module
 from appliance.cell.baseline.places import MARK, file_system, marked, memory_root
+from appliance.cell.baseline.sparse import digest
 from appliance.cell.ledger import Kind
-from appliance.cell.overlay import digest
 from appliance.cell.sweep import Ground, find_strays, remove
 from appliance.errors import CapacityError, ConfigError, ConflictError, LabError, NotFoundError, ResetError
 

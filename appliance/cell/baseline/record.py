@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from appliance.cell import overlay
+from appliance.cell.baseline.sparse import digest
 from appliance.cell.proof import SCRIPT_SHA256, Expected
 from appliance.cell.spec import MachineSpec
 from appliance.errors import ConflictError, LabError, ResetError
@@ -192,7 +193,7 @@ def _layer_fact(record: Baseline, path: Path) -> FileFact:
 
 def file_fact(path: Path, sha256: str = "") -> FileFact:
     """A file's digest, read now unless it is known, and its inode's signs."""
-    sha256 = sha256 or overlay.digest(path)
+    sha256 = sha256 or digest(path)
     stat = path.stat()
     return FileFact(
         sha256=sha256,
@@ -254,7 +255,7 @@ def _check_file(baseline: Baseline, part: str, path: Path, fact: FileFact, *, re
     same = (stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns) == (
         fact.size, fact.inode, fact.mtime_ns, fact.ctime_ns,
     )  # fmt: skip
-    if (read or not same) and overlay.digest(path) != fact.sha256:
+    if (read or not same) and digest(path) != fact.sha256:
         raise ResetError(
             f"baseline {baseline.id}: {part} is not what was saved", hint="delete it; it is made anew"
         )

@@ -1,4 +1,4 @@
-"""Copying large files with holes: hashed on the way, and what is zero stays a hole."""
+"""Large files with holes: copied or hashed without reading the holes, and what is zero stays a hole."""
 
 from __future__ import annotations
 
@@ -27,18 +27,43 @@ def copy(source: Path, target: Path, progress: Progress) -> tuple[str, int]:
         ConfigError: the source is a link or nothing that can be read to an end.
         OSError: reading or writing failed; the target may be there in part.
     """
-    digest, size = hashlib.sha256(), 0
+    found, size = hashlib.sha256(), 0
     with _plain(source) as f, target.open("xb") as out:
         length = os.fstat(f.fileno()).st_size
         for at, piece in _pieces(f.fileno(), length):
-            digest.update(piece)
+            found.update(piece)
             _write(out.fileno(), at, piece)
             size = at + len(piece)
             progress(size)
         out.truncate(size)
         out.flush()
         os.fsync(out.fileno())
-    return digest.hexdigest(), size
+    return found.hexdigest(), size
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file, as hex. Reading a hole would have the kernel make and clear a page for each of its own.
+
+    Raises:
+        OSError: reading failed.
+    """
+    found, buffer = hashlib.sha256(), memoryview(bytearray(_PIECE))
+    with path.open("rb") as f:
+        number = f.fileno()
+        for start, end, is_data in _extents(number, os.fstat(number).st_size):
+            at = start
+            while at < end:
+                piece = buffer[: min(_PIECE, end - at)]
+                if is_data:
+                    got = os.preadv(number, [piece], at)
+                    if not got:
+                        return found.hexdigest()  # it was cut while we read
+                    found.update(piece[:got])
+                else:
+                    got = len(piece)
+                    found.update(_ZEROS[:got])
+                at += got
+    return found.hexdigest()
 
 
 def _plain(source: Path) -> BinaryIO:
@@ -53,18 +78,25 @@ def _plain(source: Path) -> BinaryIO:
     return os.fdopen(number, "rb")
 
 
-def _pieces(number: int, length: int) -> Iterator[tuple[int, bytes]]:
-    """The content, piece by piece with its place; holes are not read but given as zeros."""
+def _extents(number: int, length: int) -> Iterator[tuple[int, int, bool]]:
+    """Where a file has data and where holes: start, end, whether it is data."""
     at = 0
     while at < length:
         start = _seek(number, at, os.SEEK_DATA, length)
-        while at < start:
-            piece = _ZEROS[: min(_PIECE, start - at)]
-            yield at, piece
-            at += len(piece)
-        end = _seek(number, at, os.SEEK_HOLE, length)
+        if at < start:
+            yield at, start, False
+        at = _seek(number, start, os.SEEK_HOLE, length)
+        if start < at:
+            yield start, at, True
+
+
+def _pieces(number: int, length: int) -> Iterator[tuple[int, bytes]]:
+    """The content, piece by piece with its place; holes are not read but given as zeros."""
+    for start, end, is_data in _extents(number, length):
+        at = start
         while at < end:
-            piece = os.pread(number, min(_PIECE, end - at), at)
+            size = min(_PIECE, end - at)
+            piece = os.pread(number, size, at) if is_data else _ZEROS[:size]
             if not piece:
                 return  # it was cut while we read; its digest will tell
             yield at, piece
