@@ -224,7 +224,7 @@ def asked(h: Host) -> list[list[str]]:
         for path in (
             "/usr/bin/systemctl", "/usr/bin/systemd-run", "/usr/sbin/runuser",
             "/usr/bin/install", "/usr/bin/curl", "/bin/sync",
-            "/bin/sh",
+            "/opt/runtime/bin/python",
         ):  # fmt: skip
             guest.programs[path] = program
     return seen
