@@ -67,7 +67,11 @@ def qemu_below(folder: Path) -> list[Process]:
 
 def is_probe(process: Process) -> bool:
     """True for a QEMU without a machine, which libvirt starts to ask what it can do."""
-    return any(a.startswith(b"none") for a in process.argv)
+    # Our machines have "-display none": only as a machine type does the word tell a probe.
+    return any(
+        a in (b"-machine", b"-M") and b.partition(b",")[0] == b"none"
+        for a, b in itertools.pairwise(process.argv)
+    )
 
 
 def is_domain(process: Process, domain: str) -> bool:

@@ -44,7 +44,10 @@ def test_qemus_of_a_home_and_of_no_other(tmp_path: Path, started: list[subproces
 def test_a_capability_probe_is_told_from_a_machine(
     tmp_path: Path, started: list[subprocess.Popen[bytes]]
 ) -> None:
-    started += [look_alike("-machine", "none,accel=kvm:tcg", f"{tmp_path}/x"), look_alike(f"{tmp_path}/x")]
+    started += [
+        look_alike("-machine", "none,accel=kvm:tcg", f"{tmp_path}/x"),
+        look_alike("-machine", "pc-q35-7.2,accel=tcg", "-display", "none", f"{tmp_path}/x"),
+    ]
     seen = {p.pid: processes.is_probe(p) for p in processes.qemu_below(tmp_path)}
     assert seen == {started[0].pid: True, started[1].pid: False}
 
