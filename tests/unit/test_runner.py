@@ -50,7 +50,9 @@ def s(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
         before = set(threading.enumerate())
         yield made
         new = [t.name for t in threading.enumerate() if t not in before]
-        assert not [n for n in new if n.startswith(("events-", "guard-"))], "the reader and the guard have ended"
+        assert not [n for n in new if n.startswith(("events-", "guard-"))], (
+            "the reader and the guard have ended"
+        )
 
 
 def ending(s: Stage) -> Ending:
