@@ -43,6 +43,8 @@ class SubjectSpec(Frozen):
     brain: Brain = Field(description="`llm`, or `script:NAME` for a control")
     temperature: float = Field(0.0, ge=0, le=2, description="sampling temperature of an `llm` brain")
     max_tokens: int = Field(256, ge=1, le=32_768, description="tokens a step may generate")
+    # Without KVM the first answer after a restore took up to 2 min on a busy host: all code is translated anew.
+    answer_s: float = Field(600, gt=0, le=86_400, description="seconds one answer of an `llm` brain may take")
 
     @property
     def control(self) -> bool:

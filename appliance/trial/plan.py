@@ -78,7 +78,7 @@ def make_plan(
             for m in machines
             if m.role is Role.TARGET
         ],
-        "options": {},
+        "options": {"model_timeout_s": subject.answer_s},
     }
     header = TrialHeader(
         id=trial_id,
