@@ -37,7 +37,8 @@ class Warden:
 
     def __init__(self, paths: Paths, *, limit_s: float = LIMIT_S) -> None:
         read_end, self._pipe = os.pipe()
-        argv = [sys.executable, "-m", "appliance.cell.warden", str(read_end), str(paths.home), str(limit_s)]
+        where = (str(paths.home), str(paths.cache))
+        argv = [sys.executable, "-m", "appliance.cell.warden", str(read_end), *where, str(limit_s)]
         self._process = command.spawn(argv, pass_fds=(read_end,))
         os.close(read_end)
         self._done = threading.Event()
@@ -110,14 +111,14 @@ def watch(pipe: int, limit_s: float) -> str:
             return ""
 
 
-def cut(home: Path, reason: str) -> dict[str, object]:
+def cut(paths: Paths, reason: str) -> dict[str, object]:
     """Unplug every tap, then kill every QEMU of the ledger; one failure never stops the rest."""
     began, failures, taps, killed = time.time(), list[str](), 0, 0
     try:
-        rows = _rows(home)
+        rows = _rows(paths.ledger)
     except sqlite3.Error as e:
         failures.append(f"the ledger cannot be read ({e}): everything below this home is cut")
-        rows = _rows_without_ledger(home)
+        rows = _rows_without_ledger(paths)
     for kind, name in rows:
         if kind != "tap":
             continue
@@ -130,7 +131,7 @@ def cut(home: Path, reason: str) -> dict[str, object]:
     for kind, name in rows:
         if kind == "domain":
             try:
-                pid = int((home / "libvirt" / "run" / "qemu" / f"{name}.pid").read_text())
+                pid = int((paths.domain_pids / f"{name}.pid").read_text())
                 killed += kill_domain_process(pid, name)
             except (OSError, ValueError) as e:
                 failures.append(f"{name}: {e}")
@@ -140,23 +141,23 @@ def cut(home: Path, reason: str) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _rows(home: Path) -> list[tuple[str, str]]:
-    with sqlite3.connect(f"file:{home / 'ledger.db'}?mode=ro", uri=True, timeout=5) as db:
+def _rows(ledger: Path) -> list[tuple[str, str]]:
+    with sqlite3.connect(f"file:{ledger}?mode=ro", uri=True, timeout=5) as db:
         return [(str(k), str(n)) for k, n in db.execute("SELECT kind, name FROM things ORDER BY id DESC")]
 
 
-def _rows_without_ledger(home: Path) -> list[tuple[str, str]]:
+def _rows_without_ledger(paths: Paths) -> list[tuple[str, str]]:
     """What libvirt's own files below this home tell: its domains. A killed QEMU takes its tap along."""
-    return [("domain", p.stem) for p in (home / "libvirt" / "run" / "qemu").glob("*.pid")]
+    return [("domain", p.stem) for p in paths.domain_pids.glob("*.pid")]
 
 
 def main(argv: list[str]) -> int:
-    """``PIPE HOME LIMIT``: watch, and cut if there is a reason."""
-    pipe, home, limit_s = int(argv[0]), Path(argv[1]), float(argv[2])
+    """``PIPE HOME CACHE LIMIT``: watch, and cut if there is a reason."""
+    pipe, paths, limit_s = int(argv[0]), Paths(Path(argv[1]), Path(argv[2])), float(argv[3])
     reason = watch(pipe, limit_s)
     if reason:
-        report = cut(home, reason)
-        with (home / "warden.log").open("a") as f:
+        report = cut(paths, reason)
+        with paths.warden_log.open("a") as f:
             f.write(json.dumps(report) + "\n")
             f.flush()
             os.fsync(f.fileno())

@@ -45,6 +45,11 @@ class Paths:
         return self.home / "libvirt"
 
     @property
+    def domain_pids(self) -> Path:
+        """Where libvirt keeps ``DOMAIN.pid`` of each running QEMU."""
+        return self.libvirt / "run" / "qemu"
+
+    @property
     def cells(self) -> Path:
         """Overlays and sockets of running machines, one folder a cell."""
         return self.home / "cells"

@@ -122,7 +122,7 @@ def test_links_are_cut_and_machines_killed(tmp_path: Path) -> None:
             ledger.enter(Kind.DOMAIN, domain, "c1")
         add_tap("other")
         netlink.plug("other", "hcb1")
-        report = cut(home.paths.home, "a test")
+        report = cut(home.paths, "a test")
         assert (report["links_cut"], report["machines_killed"], report["failures"]) == (2, 2, [])
         assert report["reason"] == "a test"
         assert master_of("hct1") is None
@@ -146,7 +146,7 @@ def test_a_link_that_cannot_be_cut_does_not_save_the_machines(
         raise OSError("no netlink") if tap == "hct1" else LabError("refused")
 
     monkeypatch.setattr(netlink, "unplug", refuse)
-    report = cut(home.paths.home, "a test")
+    report = cut(home.paths, "a test")
     assert (report["links_cut"], report["machines_killed"]) == (0, 1)
     assert len(report["failures"]) == 2  # type: ignore[arg-type]
     assert home.alive() == [False]
@@ -163,7 +163,7 @@ def test_a_machine_that_is_gone_already_does_not_save_the_others(tmp_path: Path)
         (home.pids / "hc-c1-odd-00000000.pid").write_text("no number")
         for domain in DOMAINS:
             home.qemu(domain)
-        report = cut(home.paths.home, "a test")
+        report = cut(home.paths, "a test")
         assert report["machines_killed"] == 2
         assert len(report["failures"]) == 2  # type: ignore[arg-type]
         assert home.alive() == [False, False]
@@ -177,7 +177,7 @@ def test_a_process_that_is_not_the_domains_is_not_killed(home: Home) -> None:
     bystander = home.qemus[0]
     (home.pids / f"{DOMAINS[1]}.pid").write_text(str(bystander.pid))  # a pid that was given anew
     ledger.enter(Kind.DOMAIN, DOMAINS[1], "c1")
-    assert cut(home.paths.home, "a test")["machines_killed"] == 0
+    assert cut(home.paths, "a test")["machines_killed"] == 0
     assert home.alive() == [True]
 
 
@@ -188,7 +188,7 @@ def test_without_a_readable_ledger_every_machine_of_the_home_is_killed(home: Hom
         home.paths.ledger.write_bytes(b"no database at all" * 100)
     for domain in DOMAINS:
         home.qemu(domain)
-    report = cut(home.paths.home, "a test")
+    report = cut(home.paths, "a test")
     assert report["machines_killed"] == 2
     assert "ledger" in str(report["failures"])
     assert home.alive() == [False, False]
