@@ -5,10 +5,12 @@ An incarnation is started paused and unplugged, and nothing but :meth:`plug` joi
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import shutil
 import signal
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from appliance.cell import netlink, overlay
@@ -66,6 +68,17 @@ class Incarnation:
         self.pid = self._libvirt.pid(self.spec.domain)
         if self.pid is None:
             raise LabError(f"libvirt wrote no pid file for {self.spec.domain}")
+
+    @contextlib.contextmanager
+    def destroyed_on_error(self) -> Iterator[None]:
+        """Destroy it if what is done inside fails; the error goes on."""
+        try:
+            yield
+        except BaseException:
+            # The first error is the one to tell; the ledger knows what is left.
+            with contextlib.suppress(LabError):
+                self.destroy()
+            raise
 
     def plug(self) -> None:
         """Join the cell's segment."""

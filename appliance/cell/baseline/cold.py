@@ -5,7 +5,6 @@ The way of machines with passed-through devices, whose state cannot be saved; an
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,14 +27,9 @@ def boot(shop: Workshop, baseline: DiskBaseline, cell: str) -> Incarnation:
     """
     check_files(baseline)
     clone = shop.prepare(baseline.machine, cell, backing=baseline.path(DISK), ram=None, incoming=False)
-    try:
+    with clone.destroyed_on_error():
         clone.start()
         clone.resume()
-    except BaseException:
-        # The first error is the one to tell; the ledger knows what is left.
-        with contextlib.suppress(LabError):
-            clone.destroy()
-        raise
     return clone
 
 

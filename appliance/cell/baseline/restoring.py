@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 
 from appliance.cell import migration
@@ -38,15 +37,10 @@ def restore(shop: Workshop, baseline: Baseline, cell: str) -> Incarnation:
     clone = shop.prepare(
         baseline.machine, cell, backing=baseline.path(DISK), ram=baseline.path(RAM), incoming=True
     )
-    try:
+    with clone.destroyed_on_error():
         clone.start()
         migration.load_state(clone, baseline.path(STATE))
         clone.resume()
-    except BaseException:
-        # The first error is the one to tell; the ledger knows what is left.
-        with contextlib.suppress(LabError):
-            clone.destroy()
-        raise
     return clone
 
 
