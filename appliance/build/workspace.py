@@ -12,7 +12,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -200,11 +199,6 @@ def open_workspace(building: Path, digest: str) -> Workspace:
     owner = {"pid": os.getpid(), "start": process_start(os.getpid()), "token": workspace.token}
     (folder / OWNER).write_text(json.dumps(owner), encoding="utf-8")
     return workspace
-
-
-def free_bytes(folder: Path) -> int:
-    """Free space for us below ``folder``, in bytes."""
-    return shutil.disk_usage(folder).free
 
 
 def run_logged(

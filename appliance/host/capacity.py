@@ -16,7 +16,6 @@ from appliance.model import Frozen
 
 _GIB = 1 << 30
 # Start times come from clock ticks since boot plus the boot time, which chrony may move a little.
-_SAME_START_S = 1.5
 
 
 class HostCapacity(Frozen):
@@ -126,21 +125,6 @@ def held_memory(pid: int) -> int | None:
     except (psutil.Error, OSError):
         return None
     return max(0, int(memory.rss - memory.shared))
-
-
-def process_identity(pid: int) -> float | None:
-    """Start time (Unix seconds) of a live process, or None. With the pid it tells a process for good."""
-    try:
-        process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
-    except (psutil.Error, OSError):
-        return None
-
-
-def same_process(pid: int, create_time: float) -> bool:
-    """True if ``pid`` is still the process that started at ``create_time``, not a later one with its pid."""
-    now = process_identity(pid)
-    return now is not None and abs(now - create_time) < _SAME_START_S
 
 
 def own_footprint() -> Footprint:

@@ -46,11 +46,6 @@ def pci_devices(sysfs: Path = SYSFS) -> tuple[PciDevice, ...]:
     return tuple(d for d in found if d is not None)
 
 
-def gpus(sysfs: Path = SYSFS) -> tuple[PciDevice, ...]:
-    """Display controllers (PCI class 03xx)."""
-    return tuple(d for d in pci_devices(sysfs) if d.display)
-
-
 def group_members(group: int, devices: tuple[PciDevice, ...]) -> tuple[PciDevice, ...]:
     """Functions that are passed through together, bridges left out."""
     return tuple(d for d in devices if d.group == group and not d.bridge)

@@ -17,7 +17,7 @@ from appliance.cell.baseline.places import MARK, file_system, marked, memory_roo
 from appliance.cell.baseline.sparse import digest
 from appliance.cell.ledger import Kind
 from appliance.cell.sweep import Ground, find_strays, remove
-from appliance.errors import CapacityError, ConfigError, ConflictError, LabError, NotFoundError, ResetError
+from appliance.errors import CapacityError, ConfigError, ConflictError, NotFoundError, ResetError
 
 
 @pytest.fixture
@@ -44,17 +44,6 @@ def test_baselines_are_found_by_name(h: Host, store: BaselineStore) -> None:
     for name in ("none", "../baselines/clean", "", ".clean"):
         with pytest.raises(NotFoundError, match="there is no baseline"):
             store.get(name)
-
-
-def test_the_baseline_of_a_machine_is_the_one_its_overlay_stands_on(h: Host, store: BaselineStore) -> None:
-    first = publish_one(h, "first")
-    second = publish_one(h, "second", parent=first)
-    for made in (first, second):
-        clone = h.shop.prepare(made.machine, "c1", backing=made.path(DISK), ram=None, incoming=False)
-        assert store.of(clone) == made
-    shutil.rmtree(second.folder)
-    with pytest.raises(LabError, match="is gone"):
-        store.of(clone)
 
 
 # -- deleting --------------------------------------------------------------------------------------------

@@ -165,7 +165,7 @@ def sysfs(tmp_path: Path) -> Path:
 
 
 def test_gpus_are_found_by_class_with_driver_and_group(sysfs: Path) -> None:
-    found = pci.gpus(sysfs)
+    found = [d for d in pci.pci_devices(sysfs) if d.display]
     assert [(d.address, d.driver, d.group) for d in found] == [
         ("0000:01:00.0", "vfio-pci", 7),
         ("0000:02:00.0", "amdgpu", None),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from appliance.cell.processes import started
 from appliance.errors import (
     CapacityError,
     CommandError,
@@ -60,7 +61,7 @@ def test_a_command_that_hangs_is_killed_with_its_children(tmp_path: Path) -> Non
     with pytest.raises(CommandError, match="ran longer than 1 s"):
         command.run([PY, "-c", script], timeout=1)
     for pid in (int(p) for p in (tmp_path / "pid").read_text().split() if p != "0"):
-        clock.wait_until(lambda pid=pid: capacity.process_identity(pid) is None, 5, f"{pid} to end")
+        clock.wait_until(lambda pid=pid: started(pid) is None, 5, f"{pid} to end")
 
 
 def test_the_environment_is_ours_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,23 +150,17 @@ def test_what_does_not_fit_is_refused_with_numbers(tmp_path: Path) -> None:
         capacity.require_room(tmp_path, memory=0, disk=1 << 60, purpose="a build")
 
 
-def test_a_process_is_sampled_and_known_again() -> None:
+def test_a_process_is_sampled() -> None:
     me = capacity.sample_process(os.getpid())
     assert me is not None
     assert 0 < me.own <= me.rss
-    started = capacity.process_identity(os.getpid())
-    assert started is not None
-    assert capacity.same_process(os.getpid(), started)
-    assert not capacity.same_process(os.getpid(), started - 60)
 
 
 def test_a_process_that_ended_gives_nothing() -> None:
     process = command.spawn(["true"])
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # a zombie: its pid is taken, it is gone
     assert capacity.sample_process(process.pid) is None
-    assert capacity.process_identity(process.pid) is None
     command.end(process)
-    assert not capacity.same_process(process.pid, 0.0)
 
 
 def test_own_footprint_sees_an_open_file(tmp_path: Path) -> None:

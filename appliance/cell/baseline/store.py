@@ -12,7 +12,6 @@ from pathlib import Path
 from appliance.cell.baseline.places import MARK
 from appliance.cell.baseline.record import DISK, Baseline, RamBaseline, check_files, read, read_all
 from appliance.cell.baseline.workshop import Workshop
-from appliance.cell.incarnation import Incarnation
 from appliance.cell.ledger import Kind
 from appliance.cell.qcow2 import read_header
 from appliance.errors import ConflictError, LabError, NotFoundError
@@ -50,20 +49,6 @@ class BaselineStore:
         if found is None:
             known = ", ".join(b.id for b in everything) or "none"
             raise NotFoundError(f"there is no baseline {name!r}", hint=f"there are: {known}")
-        return found
-
-    def of(self, machine: Incarnation) -> Baseline:
-        """The baseline that a machine was restored from: the one whose layer its overlay stands on.
-
-        Raises:
-            LabError: it is gone.
-        """
-        below = read_header(machine.spec.overlay).backing
-        found = read(Path(below).parent) if below else None
-        if found is None:
-            raise LabError(
-                f"the baseline of {machine.name} is gone", hint="close the cell and open a new one"
-            )
         return found
 
     def verify(self, baseline: Baseline) -> None:
