@@ -7,9 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from fakes.bench import FakeWarden, Workbench, workbench
-from fakes.machine import machine_spec
-from fakes.plans import WEIGHTS
+from fakes.bench import FakeWarden, Workbench
 from fakes.stage import event_line
 
 from appliance.cell.cell import Cell
@@ -18,7 +16,6 @@ from appliance.cell.ledger import Kind
 from appliance.config import HostSettings, load_library
 from appliance.errors import Blame, ConflictError, GuestChannelError, NotFoundError
 from appliance.model import TrialState
-from appliance.pipeline import cells as cells_module
 from appliance.pipeline import trials as trials_module
 from appliance.pipeline.fleet import machines_for
 from appliance.pipeline.lab import Lab
@@ -38,22 +35,6 @@ def wait_for(condition: Callable[[], object], limit_s: float = 20) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.01)
-
-
-@pytest.fixture
-def w(monkeypatch: pytest.MonkeyPatch) -> Iterator[Workbench]:
-    def fleet(*_: object) -> object:
-        return (machine_spec("origin"), machine_spec("target-1")), WEIGHTS
-
-    for module in (cells_module, trials_module):
-        monkeypatch.setattr(module, "machines_for", fleet)
-    with workbench(monkeypatch) as made:
-        yield made
-
-
-@pytest.fixture
-def warden() -> FakeWarden:
-    return FakeWarden()
 
 
 @pytest.fixture

@@ -8,9 +8,8 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from fakes.bench import FakeWarden, Workbench, workbench
+from fakes.bench import FakeWarden, Workbench
 from fakes.machine import machine_spec
-from fakes.plans import WEIGHTS
 from fakes.saved import publish_one
 from fakes.stage import event_line
 from test_pipeline_lab import ASKED, SETTINGS, ended, wait_for
@@ -25,26 +24,9 @@ from appliance.errors import ConflictError, HotcellError, LabError, NotFoundErro
 from appliance.model import TrialState
 from appliance.pipeline import cells as cells_module
 from appliance.pipeline import switches as switches_module
-from appliance.pipeline import trials as trials_module
 from appliance.pipeline.lab import Lab
 from appliance.service import CellRequest
 from appliance.trial.baselines import BaselineShelf
-
-
-@pytest.fixture
-def w(monkeypatch: pytest.MonkeyPatch) -> Iterator[Workbench]:
-    def fleet(*_: object) -> object:
-        return (machine_spec("origin"), machine_spec("target-1")), WEIGHTS
-
-    for module in (cells_module, trials_module):
-        monkeypatch.setattr(module, "machines_for", fleet)
-    with workbench(monkeypatch) as made:
-        yield made
-
-
-@pytest.fixture
-def warden() -> FakeWarden:
-    return FakeWarden()
 
 
 @pytest.fixture

@@ -1,0 +1,32 @@
+"""What the tests of the whole laboratory stand on: a host in memory, with two machines and a warden."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from fakes.bench import FakeWarden, Workbench, workbench
+from fakes.machine import machine_spec
+from fakes.plans import WEIGHTS
+
+from appliance.pipeline import cells as cells_module
+from appliance.pipeline import trials as trials_module
+
+
+@pytest.fixture
+def w(monkeypatch: pytest.MonkeyPatch) -> Iterator[Workbench]:
+    """A workbench whose fleet is an origin and one target."""
+
+    def fleet(*_: object) -> object:
+        return (machine_spec("origin"), machine_spec("target-1")), WEIGHTS
+
+    for module in (cells_module, trials_module):
+        monkeypatch.setattr(module, "machines_for", fleet)
+    with workbench(monkeypatch) as made:
+        yield made
+
+
+@pytest.fixture
+def warden() -> FakeWarden:
+    """A warden that only remembers what it was told."""
+    return FakeWarden()
