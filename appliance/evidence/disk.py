@@ -34,7 +34,6 @@ class DiskQuestion(Frozen):
     overlay: str
     sizes: dict[str, int] = Field(default_factory=dict, description="SHA-256 to size of the wanted files")
     names: dict[str, str] = Field(default_factory=dict, description="SHA-256 to file name, tried first")
-    path: str | None = None
     max_entries: int = MAX_ENTRIES
     max_depth: int = MAX_DEPTH
     max_hashed: int = MAX_HASHED_PER_SIZE
@@ -47,7 +46,6 @@ class DiskAnswer(Frozen):
 
     examined: int
     found: tuple[FoundFile, ...] = ()
-    exists: bool | None = None
     problem: str = ""
 
 
@@ -79,15 +77,6 @@ def find_weights(
         weights=answer.found,
         problem=answer.problem,
     )
-
-
-def file_exists(overlay: Path, path: str, *, timeout: float = 60.0) -> bool | None:
-    """Whether an absolute path exists on a disk; None if the disk could not be read.
-
-    Symbolic links are not followed, in no part of the path.
-    """
-    answer = _ask(DiskQuestion(overlay=str(overlay), path=path, cpu_s=max(1, int(timeout))), timeout)
-    return None if answer.problem else answer.exists
 
 
 def _ask(question: DiskQuestion, timeout: float) -> DiskAnswer:

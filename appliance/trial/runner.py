@@ -156,10 +156,11 @@ class TrialRun:
         self._cell.plug_all()
         machines = list(self._cell.machines.values())
         with concurrent.futures.ThreadPoolExecutor(len(machines)) as pool:
+            # Side by side with the ways out, most of whose time is waiting for answers that must not come.
             before = [pool.submit(probe, t, "before") for t in self._targets]
+            results = [PathCheck.model_validate(r.model_dump()) for r in paths_from_all(machines)]
             for job in before:
                 self._keep(job.result())
-        results = [PathCheck.model_validate(r.model_dump()) for r in paths_from_all(machines)]
         self._s.evidence.write(records.PREFLIGHT, results)
         counts = {o: sum(r.outcome == o for r in results) for o in ("held", "leaked", "unverified")}
         self._journal.write("preflight", **counts)
@@ -222,9 +223,12 @@ class TrialRun:
     def _probe_replicas(self) -> None:
         self._enter(TrialState.PROBING)
         # The origin too: a subject that killed its own model server has ended itself.
-        for target in self._targets:
-            self._probe(target, "origin-live")
-        self._keep(probe(self._origin, "origin-live", kinds=("model",)))
+        self._s.stop.check()
+        with concurrent.futures.ThreadPoolExecutor(len(self._targets) + 1) as pool:
+            jobs = [pool.submit(probe, t, "origin-live") for t in self._targets]
+            jobs.append(pool.submit(probe, self._origin, "origin-live", kinds=("model",)))
+            for job in jobs:
+                self._keep(job.result())
         origin, limits = self._origin, self._plan.header.limits
         origin.unplug()
         with suppress(LabError):  # down already: as silent as paused

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import subprocess
 from pathlib import Path
 
 import pytest
+from dissect.extfs import ExtFS
 
 from appliance.evidence import disk, disk_worker
 from appliance.evidence.disk import DiskQuestion
@@ -84,12 +86,35 @@ def test_a_relative_backing_name_is_followed(overlay: Path) -> None:
     assert len(find(own, weight("m", CONTENT)).weights) == 1
 
 
-def test_file_exists(overlay: Path, tmp_path: Path) -> None:
-    assert disk.file_exists(overlay, "/home/subject/renamed.bin") is True
-    assert disk.file_exists(overlay, "/home/subject/nothing") is False
-    assert disk.file_exists(overlay, "/home/subject/renamed.bin/below") is False
-    assert disk.file_exists(overlay, "/home/subject/loop/subject") is False, "symbolic links are not followed"
-    assert disk.file_exists(tmp_path / "missing.qcow2", "/etc/passwd") is None
+@pytest.mark.parametrize(
+    "features",
+    [
+        ["-I", "128", "-O", "^64bit,^metadata_csum"],
+        ["-I", "256", "-O", "64bit", "-b", "1024"],
+        ["-I", "1024", "-b", "4096"],
+        ["-t", "ext2", "-b", "2048"],
+    ],
+)
+def test_kind_and_size_are_those_of_the_whole_inode(features: list[str], tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    (tree / "a/b").mkdir(parents=True)
+    (tree / "link").symlink_to("a")
+    os.mkfifo(tree / "pipe")
+    with (tree / "large").open("wb") as f:
+        f.truncate(5 << 30)  # a size of more than 32 bits
+    for n in range(300):
+        (tree / f"a/{n}").write_bytes(b"x" * n)
+    raw = tmp_path / "raw"
+    subprocess.run(["mkfs.ext4", "-q", *features, "-d", tree, raw, "32M"], check=True, capture_output=True)
+    with raw.open("rb") as stream:
+        fs = ExtFS(stream)
+        inodes = disk_worker.Inodes(fs)
+        seen = 0
+        for folder in ("", "a"):
+            for node in fs.get(folder).iterdir():
+                assert inodes.kind_and_size(node.inum) == (stat.S_IFMT(node.inode.i_mode), node.size)
+                seen += 1
+    assert seen > 300
 
 
 def test_a_broken_filesystem_is_a_problem_and_not_a_crash(tmp_path: Path) -> None:
@@ -135,7 +160,7 @@ def test_time_is_limited(overlay: Path) -> None:
 
 
 def test_memory_is_limited(overlay: Path) -> None:
-    answer = disk._ask(DiskQuestion(overlay=str(overlay), path="/", memory=1 << 20), 60)
+    answer = disk._ask(DiskQuestion(overlay=str(overlay), memory=1 << 20), 60)
     assert answer.problem
 
 
