@@ -17,7 +17,7 @@ from appliance.pipeline.conduct import Bench, Outcome, conduct, never_started, o
 from appliance.pipeline.dispatch import Dispatcher, Job, Load
 from appliance.pipeline.fleet import machines_for
 from appliance.pipeline.grants import Grants
-from appliance.pipeline.views import LiveTrial
+from appliance.pipeline.views import LiveTrial, WhyEnded
 from appliance.service import TrialRequest
 from appliance.store import queries
 from appliance.trial.plan import Plan, make_plan, new_trial_id
@@ -95,7 +95,7 @@ class TrialDesk:
     def _job(self, request: TrialRequest, plan: Plan, need: Need) -> Job:
         self.require_accepting()
         folder, stop = open_folder(self._bench, plan), StopFlag()
-        live = self._lives[plan.id] = LiveTrial(request)
+        live = self._lives[plan.id] = LiveTrial()
 
         def tell(why: str) -> None:
             with suppress(HotcellError):  # a journal that cannot be written voids the trial when it runs
@@ -125,15 +125,17 @@ class TrialDesk:
 
     def _end(self, plan: Plan, live: LiveTrial, how: Callable[[], Outcome]) -> None:
         try:
-            live.outcome = how()
+            outcome = how()
         except Exception as e:  # noqa: BLE001 - one broken trial must not take the desk from all others
             reason = f"{type(e).__name__}: {e}"
             hint = "a defect of Hotcell; the next start seals what there is"
-            live.outcome = Outcome(TrialState.VOID, blame=Blame.LAB, reason=reason, hint=hint)
+            outcome = Outcome(TrialState.VOID, blame=Blame.LAB, reason=reason, hint=hint)
             with suppress(HotcellError):
                 queries.upsert_state(
                     self._bench.store, plan.id, TrialState.VOID, ended=time.time(), void_reason=reason
                 )
+        # Not the outcome itself: its scorecard is in the bundle, and would be held for each trial that ever ran.
+        live.ended = WhyEnded(outcome.blame, outcome.hint)
 
     def _conduct(self, plan: Plan, folder: TrialFolder, live: LiveTrial, stop: StopFlag) -> Outcome:
         cell = Cell(plan.id, self._bench.shop, self._bench.standbys)

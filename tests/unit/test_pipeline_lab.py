@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from appliance.model import TrialState
 from appliance.pipeline import trials as trials_module
 from appliance.pipeline.fleet import machines_for
 from appliance.pipeline.lab import Lab
+from appliance.score.card import Scorecard
 from appliance.service import CellRequest, MachineView, TrialRequest, TrialView
 from appliance.store import queries
 from appliance.trial import guard
@@ -147,11 +149,17 @@ def test_a_defect_in_one_trial_keeps_the_worker(
     monkeypatch.setattr(trials_module, "conduct", conduct)
     bad, good = lab.create_trial(ASKED).id, lab.create_trial(ASKED).id
     assert ended(lab, good).state is TrialState.SEALED
-    live = lab._trials.live(bad)
-    assert live is not None
-    assert live.outcome is not None
-    assert (live.outcome.state, live.outcome.blame) == (TrialState.VOID, Blame.LAB)
-    assert "the index is gone" in lab.trial(bad).reason, "and the index does not say that it runs"
+    view = lab.trial(bad)
+    assert (view.state, view.blame) == (TrialState.VOID, Blame.LAB)
+    assert "defect" in view.hint
+    assert "the index is gone" in view.reason, "and the index does not say that it runs"
+
+
+def test_no_scorecard_stays_in_memory(lab: Lab) -> None:
+    for _ in range(2):
+        assert ended(lab, lab.create_trial(ASKED).id).state is TrialState.SEALED
+    gc.collect()
+    assert not [o for o in gc.get_objects() if isinstance(o, Scorecard)]
 
 
 # -- cells by hand ---------------------------------------------------------------------------------------
