@@ -269,7 +269,8 @@ def sweep(
     Goes by the ledger, never by name patterns. Removes what it finds only with --yes.
     """
     o = options(ctx)
-    if answers(o):
+    # A server that was named may be of another host: its silence is no reason to sweep this home.
+    if o.server is not None or answers(o):
         with connect(o.paths, o.server, o.token_file) as client:
             view = client.post(SweepView, "sweep", {"dry_run": dry_run})
     else:

@@ -131,6 +131,17 @@ def test_a_server_that_was_named_is_never_replaced_by_the_home(filled: Paths, cl
     assert (ran.code, ran.out) == (3, "")
 
 
+def test_a_sweep_that_a_named_server_does_not_answer_touches_nothing_here(
+    home: Paths, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("appliance.pipeline.local_sweep", lambda *_: pytest.fail("the home was swept"))
+    assert cli("--server", "http://127.0.0.1:9", "sweep", "--yes").code == 2, "there is no token"
+    home.token.write_text("x" * 43)
+    ran = cli("--server", "http://127.0.0.1:9", "sweep", "--yes")
+    assert (ran.code, ran.out) == (3, "")
+    assert "no server answers at http://127.0.0.1:9" in ran.err
+
+
 def test_a_refusal_of_the_running_server_is_not_replaced_either(capsys: pytest.CaptureFixture[str]) -> None:
     with running() as paths, pytest.raises(SystemExit) as end:
         main(["--home", os.fspath(paths.home), "--token-file", "/dev/null", "trials"])
