@@ -12,7 +12,7 @@ from typing import Annotated, TypeVar
 import typer
 from pydantic import BaseModel
 
-from appliance.cli.client import Client
+from appliance.cli.client import Client, at
 from appliance.cli.common import Json, clean, out, out_json, reporter, show, table
 from appliance.cli.verbs import call
 from appliance.errors import HotcellError
@@ -62,7 +62,7 @@ def list_all(ctx: typer.Context, as_json: Json = False) -> None:
 @app.command("show")
 def show_one(ctx: typer.Context, name: Name, as_json: Json = False) -> None:
     """Print what is known about a baseline."""
-    view = call(ctx).get(BaselineDetail, f"baselines/{name}")
+    view = call(ctx).get(BaselineDetail, at("baselines", name))
     if as_json:
         out_json(view.model_dump(mode="json"))
     else:
@@ -95,7 +95,7 @@ def described(view: BaselineDetail) -> str:
 @app.command("delete")
 def delete(ctx: typer.Context, name: Name, as_json: Json = False) -> None:
     """Delete a baseline that nothing depends on."""
-    view = call(ctx).delete(BaselineView, f"baselines/{name}")
+    view = call(ctx).delete(BaselineView, at("baselines", name))
     _told(as_json, view, f"{view.name}: deleted, {view.size / 2**20:.0f} MiB")
 
 
@@ -107,10 +107,8 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a baseline to a directory that can be taken elsewhere."""
-    client, body = call(ctx), {"to": str(to.absolute())}
-    view = _watched(
-        client, f"exporting {name}", lambda: client.post(ExportView, f"baselines/{name}/export", body)
-    )
+    client, path, body = call(ctx), at("baselines", name, "export"), {"to": str(to.absolute())}
+    view = _watched(client, f"exporting {name}", lambda: client.post(ExportView, path, body))
     size = f"{view.size / 2**20:.0f} MiB in {view.files} files"
     _told(as_json, view, f"{view.name}: {size}, {view.seconds:.1f} s, in {view.folder}")
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
+from urllib.parse import quote
 
 import httpx
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -25,6 +26,7 @@ from appliance.errors import (
     UserError,
 )
 from appliance.host.paths import Paths
+from appliance.model import NAME_PATTERN, TRIAL_ID_PATTERN, printable
 from appliance.service import TrialPage, TrialView
 from appliance.trial.records import JournalEntry
 
@@ -42,6 +44,14 @@ _SLOW = httpx.Timeout(1800.0, connect=5.0)
 _RECONNECTS = 5
 START_ONE = "start one with `hotcell serve` in another terminal, or name one with --server"
 _MAX_LINE = 1 << 20
+_NAMES = "a name is lower case letters, digits and hyphens, at most 40"
+# One of these collections: what it is called, its form, and who knows the right ones.
+_ITEMS = {
+    "trials": ("a trial's id", TRIAL_ID_PATTERN, "`hotcell trials` lists them; `last` is the newest"),
+    "cells": ("a cell's name", NAME_PATTERN, f"`hotcell cells` lists them; {_NAMES}"),
+    "machines": ("a machine's name", NAME_PATTERN, f"`hotcell machines` lists them; {_NAMES}"),
+    "baselines": ("a baseline's name", NAME_PATTERN, f"`hotcell baselines` lists them; {_NAMES}"),
+}
 
 
 class Event(NamedTuple):
@@ -49,6 +59,22 @@ class Event(NamedTuple):
 
     name: str
     data: str
+
+
+def at(*parts: str) -> str:
+    """The path of a thing below ``/v1/``: a collection, the name of one of it, and so on, at last a verb. Pure.
+
+    Every name that a user may have typed comes into a request through here: in a path as it stands, ``x#y``
+    would mean ``x`` and ``../y`` something else altogether.
+
+    Raises:
+        ConfigError: a name is none, or is not the id of a trial where one belongs.
+    """
+    for collection, name in zip(parts[::2], parts[1::2], strict=False):
+        what, form, hint = _ITEMS[collection]
+        if not re.fullmatch(form, name):
+            raise ConfigError(f"{printable(name, 80)!r} is not {what}", hint=hint)
+    return "/".join(quote(part, safe="") for part in parts)
 
 
 def known_errors() -> dict[str, type[HotcellError]]:
@@ -157,7 +183,7 @@ class Client:
 
     def _events(self, trial: str, from_seq: int) -> Iterator[Event]:
         headers = {"Last-Event-ID": str(from_seq - 1)} if from_seq else {}
-        with self.http.stream("GET", f"/v1/trials/{trial}/events", headers=headers) as response:
+        with self.http.stream("GET", f"/v1/{at('trials', trial, 'events')}", headers=headers) as response:
             if response.status_code != 200:
                 response.read()
                 raise error_of(response)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import typer
 
-from appliance.cli.client import Client, arriving, connect
+from appliance.cli.client import Client, arriving, at, connect
 from appliance.cli.common import note, options
 from appliance.errors import ConfigError, PrerequisiteError, UserError
 from appliance.host.paths import Paths
@@ -52,15 +52,15 @@ class Asked:
 
     def trial(self, trial: str) -> TrialView:
         """See :class:`Reader`."""
-        return self._client.get(TrialView, f"trials/{trial}")
+        return self._client.get(TrialView, at("trials", trial))
 
     def score(self, trial: str) -> dict[str, object]:
         """See :class:`Reader`."""
-        return self._client.get(dict[str, object], f"trials/{trial}/score")
+        return self._client.get(dict[str, object], at("trials", trial, "score"))
 
     def fetch(self, trial: str, target: Path) -> None:
         """See :class:`Reader`."""
-        self._client.download(f"trials/{trial}/bundle", target)
+        self._client.download(at("trials", trial, "bundle"), target)
 
 
 class AtHome:

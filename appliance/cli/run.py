@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
-from appliance.cli.client import Client
+from appliance.cli.client import Client, at
 from appliance.cli.common import (
     INTERRUPTED,
     LAB,
@@ -101,13 +101,13 @@ def run_one(client: Client, request: TrialRequest, report: Reporter, *, sample: 
         _abort(client, trial.id, report)
         raise
     if done.trial.state is TrialState.SEALED:
-        done.card = client.get(dict[str, object], f"trials/{trial.id}/score")
+        done.card = client.get(dict[str, object], at("trials", trial.id, "score"))
     return done
 
 
 def _abort(client: Client, trial: str, report: Reporter) -> None:
     try:
-        client.post(TrialView, f"trials/{trial}/abort")
+        client.post(TrialView, at("trials", trial, "abort"))
         report.line(outcome(watch(client, trial, Reporter(None)).trial))
     except ConflictError:
         report.line(f"{trial} had ended already")

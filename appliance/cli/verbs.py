@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from appliance.cli.client import Client, connect
+from appliance.cli.client import Client, at, connect
 from appliance.cli.common import (
     LAB,
     OTHER,
@@ -122,7 +122,7 @@ def close_cell(ctx: typer.Context, cell: Cell, as_json: Json = False) -> None:
 
     Stops its machines and removes all that is theirs.
     """
-    view = call(ctx).delete(CellView, f"cells/{cell}")
+    view = call(ctx).delete(CellView, at("cells", cell))
     if as_json:
         out_json(view.model_dump(mode="json"))
     else:
@@ -142,7 +142,7 @@ def snapshot(
 ) -> None:
     """Save a machine's present state as a baseline."""
     body = {"name": name, "kind": kind}
-    view = call(ctx).post(BaselineView, f"cells/{cell}/machines/{machine}/snapshot", body)
+    view = call(ctx).post(BaselineView, at("cells", cell, "machines", machine, "snapshot"), body)
     if as_json:
         out_json(view.model_dump(mode="json"))
     else:
@@ -168,10 +168,11 @@ def reset(
     if machine is None:
         if baseline is not None:
             raise ConfigError("--baseline is for one machine", hint="name the machine too")
-        views = call(ctx).post(list[ResetView], f"cells/{cell}/reset")
+        views = call(ctx).post(list[ResetView], at("cells", cell, "reset"))
         data: object = [v.model_dump(mode="json") for v in views]
     else:
-        views = [call(ctx).post(ResetView, f"cells/{cell}/machines/{machine}/reset", {"baseline": baseline})]
+        one = at("cells", cell, "machines", machine, "reset")
+        views = [call(ctx).post(ResetView, one, {"baseline": baseline})]
         data = views[0].model_dump(mode="json")
     rows = [(v.machine, c.name, c.passed, c.expected, c.found) for v in views for c in v.proof.checks]
     show(as_json, data, ("MACHINE", "FACT", "HOLDS", "EXPECTED", "FOUND"), rows, "no facts")
@@ -201,7 +202,7 @@ def run_in_guest(
     No shell is added. Its exit status becomes ours.
     """
     body = {"argv": argv, "timeout_s": timeout}
-    view = call(ctx).post(ExecView, f"cells/{cell}/machines/{machine}/exec", body)
+    view = call(ctx).post(ExecView, at("cells", cell, "machines", machine, "exec"), body)
     if as_json:
         out_json(view.model_dump(mode="json"))
     else:
@@ -221,7 +222,7 @@ def probe(ctx: typer.Context, cell: Cell, machine: Machine, as_json: Json = Fals
 
     The prompt carries a fresh nonce.
     """
-    view = call(ctx).post(ProbeView, f"cells/{cell}/machines/{machine}/probe")
+    view = call(ctx).post(ProbeView, at("cells", cell, "machines", machine, "probe"))
     if as_json:
         out_json(view.model_dump(mode="json"))
         return
@@ -285,7 +286,7 @@ def ladder(card: dict[str, object]) -> str:
 def abort(ctx: typer.Context, trial: Trial, as_json: Json = False) -> None:
     """Stop a trial."""
     client = call(ctx)
-    view = client.post(TrialView, f"trials/{client.trial_id(trial)}/abort")
+    view = client.post(TrialView, at("trials", client.trial_id(trial), "abort"))
     if as_json:
         out_json(view.model_dump(mode="json"))
     else:

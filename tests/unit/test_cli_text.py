@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import tarfile
 import time
@@ -187,6 +188,41 @@ def test_pairs_reject(bad: str) -> None:
         return
     with pytest.raises(ConfigError, match="--o"):
         pairs([bad], ("a", "b"), "--o")
+
+
+@pytest.mark.parametrize(
+    ("parts", "what"),
+    [
+        (("baselines", "clean#x"), "'clean#x' is not a baseline's name"),
+        (("baselines", "../cells/c1"), "a baseline's name"),
+        (("baselines", "."), "a baseline's name"),
+        (("baselines", "clean?x"), "a baseline's name"),
+        (("baselines", "clean%2f"), "a baseline's name"),
+        (("baselines", "clean\n"), "a baseline's name"),
+        (("cells", "", "reset"), "'' is not a cell's name"),
+        (("cells", "lab/machines/origin", "reset"), "a cell's name"),
+        (("cells", "lab", "machines", "..", "exec"), "a machine's name"),
+        (("trials", "lab"), "a trial's id"),
+        (("trials", "t20250102-030405-ffffff/score"), "a trial's id"),
+    ],
+)
+def test_a_name_cannot_lead_a_request_elsewhere(parts: tuple[str, ...], what: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(what)) as told:
+        cli_client.at(*parts)
+    assert "\n" not in told.value.message
+    assert f"hotcell {parts[-2] if parts[-1] not in {'reset', 'exec'} else parts[-3]}" in told.value.hint
+
+
+def test_names_and_ids_stand_in_a_path_as_they_are() -> None:
+    assert cli_client.at("cells", "t20250102-030405-ffffff", "reset") == "cells/t20250102-030405-ffffff/reset"
+    assert cli_client.at("trials", "t20250102-030405-ffffff") == "trials/t20250102-030405-ffffff"
+    assert cli_client.at("baselines", "trials", "export") == "baselines/trials/export"
+
+
+def test_no_path_is_made_of_names_without_the_check() -> None:
+    folder = PROJECT / "appliance/cli"
+    loose = re.compile(r"""f["'](/v1/)?(trials|cells|machines|baselines)/""")
+    assert [f.name for f in sorted(folder.glob("*.py")) if loose.search(f.read_text())] == []
 
 
 @pytest.mark.parametrize(
