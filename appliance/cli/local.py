@@ -72,7 +72,8 @@ def build(
 ) -> None:
     """Build images.
 
-    Needs root and a package network; what is up to date is left alone.
+    Needs root and a package network; what is up to date is left alone. Progress goes to stderr; with --json
+    stdout tells what was built and what was removed.
     """
     from appliance.build import find_image, list_recipes
 
@@ -87,26 +88,25 @@ def build(
         show(as_json, data, ("RECIPE", "DIGEST", "FOLDER"), rows, "no recipes")
         return
     wanted = list(known) if everything else list(recipes or [])
-    made = build_all(options(ctx), wanted) if wanted else []
-    if prune:
-        made = _prune(paths)
-    elif not wanted:
+    if not wanted and not prune:
         raise ConfigError("no recipe is named", hint=f"name some of {', '.join(known)}, or give --all")
+    built = build_all(options(ctx), wanted) if wanted else []
+    removed = _prune(paths) if prune else []
     if as_json:
-        out_json(made)
+        out_json({"built": built, "removed": removed})
 
 
 def _prune(paths: Paths) -> list[dict[str, object]]:
-    """Remove images of earlier inputs; returns recipe, digest, folder and bytes of each."""
+    """Remove images of earlier inputs, with a line each on stderr; returns recipe, digest and folder of each."""
     from appliance.build import prune_images
     from appliance.cell.baseline import read_all
 
     needed = frozenset(b.machine.image.digest for b in read_all(paths))
     removed = prune_images(paths, needed)
     for image in removed:
-        out(f"removed {image.recipe} {image.digest[:12]}")
+        note(f"removed {image.recipe} {image.digest[:12]}")
     if not removed:
-        out("nothing to remove")
+        note("nothing to remove")
     return [{"recipe": i.recipe, "digest": i.digest, "folder": str(i.folder)} for i in removed]
 
 

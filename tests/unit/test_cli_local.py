@@ -1,0 +1,75 @@
+"""Verbs that do their work in the command's own process."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+from fakes.running import short_home
+
+from appliance.cli import local, main
+from appliance.host.paths import Paths
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Cli = Callable[..., Ran]
+
+
+@pytest.fixture
+def home() -> Iterator[Paths]:
+    with short_home() as paths:
+        yield paths
+
+
+@pytest.fixture
+def cli(home: Paths, capsys: pytest.CaptureFixture[str]) -> Cli:
+    def call(*argv: str | Path) -> Ran:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main(["--home", os.fspath(home.home), "--cache", os.fspath(home.cache), *map(os.fspath, argv)])
+        return Ran(int(end.value.code or 0), *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def shelf(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
+    """Images that a prune removes; a build makes what it is asked for."""
+    old = [SimpleNamespace(recipe="world", digest="a" * 64, folder=Path("/images/a"))]
+    monkeypatch.setattr("appliance.build.prune_images", lambda *_: old)
+    monkeypatch.setattr(local, "build_all", lambda _, recipes: [{"recipe": r} for r in recipes])
+    return old
+
+
+@pytest.mark.usefixtures("shelf")
+def test_a_build_tells_as_json_what_it_built_and_removed(cli: Cli) -> None:
+    removed = [{"recipe": "world", "digest": "a" * 64, "folder": "/images/a"}]
+    assert cli("build", "--prune", "--json").json == {"built": [], "removed": removed}
+    both = cli("build", "world", "--prune", "--json")
+    assert both.json == {"built": [{"recipe": "world"}], "removed": removed}
+    assert both.err == f"removed world {'a' * 12}\n"
+    assert cli("build", "world", "--json").json == {"built": [{"recipe": "world"}], "removed": []}
+
+
+def test_a_prune_that_finds_nothing_is_json_too(cli: Cli, shelf: list[SimpleNamespace]) -> None:
+    shelf.clear()
+    ran = cli("build", "--prune", "--json")
+    assert (ran.json, ran.err) == ({"built": [], "removed": []}, "nothing to remove\n")
+
+
+def test_a_build_of_nothing_is_refused(cli: Cli) -> None:
+    assert "no recipe is named" in cli("build").err
