@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -101,7 +100,4 @@ def _global(
     if ctx.invoked_subcommand is None:
         out(ctx.get_help())
         raise typer.Exit
-    named = os.environ.get("HOTCELL_CONFIG")
-    ctx.obj = Options(
-        default_paths(home, cache), config or (Path(named) if named else None), server, token_file
-    )
+    ctx.obj = Options(default_paths(home, cache), config, server, token_file)

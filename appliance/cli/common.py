@@ -27,7 +27,7 @@ Trial = Annotated[str, typer.Argument(metavar="TRIAL", help="Trial id, or `last`
 
 @dataclass(frozen=True)
 class Options:
-    """The global options, resolved."""
+    """The global options. ``config`` is what --config named; without it the settings find their own file."""
 
     paths: Paths
     config: Path | None

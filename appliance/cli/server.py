@@ -13,7 +13,7 @@ from pathlib import Path
 
 from appliance.cli.client import Client, connect
 from appliance.cli.common import HOST, LAB, USER, Options, Reporter
-from appliance.config import load_host_settings, load_library
+from appliance.config import find_settings_file, load_host_settings, load_library
 from appliance.errors import HostError, HotcellError, LabError, PrerequisiteError, UserError
 from appliance.host import command
 from appliance.host.paths import PROJECT
@@ -71,8 +71,9 @@ def argv_of(options: Options, *, with_parent: bool) -> list[str | os.PathLike[st
     """Command that serves these options; with ``with_parent`` it ends when this process does."""
     argv: list[str | os.PathLike[str]] = [sys.executable, "-m", "appliance.cli"]
     argv += ["--home", options.paths.home, "--cache", options.paths.cache]
-    if options.config is not None:
-        argv += ["--config", options.config.absolute()]
+    config = options.config or find_settings_file()  # named to it, since it gets none of our environment
+    if config is not None:
+        argv += ["--config", config.absolute()]
     argv += ["serve", "--port", "0"]
     return [*argv, "--parent", str(os.getpid())] if with_parent else argv
 

@@ -129,6 +129,25 @@ def test_the_child_gets_the_same_home_and_settings(home: Paths) -> None:
     assert "--parent" not in cli_server.argv_of(options, with_parent=False)
 
 
+def test_the_child_gets_the_settings_that_the_environment_names(
+    home: Paths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOTCELL_CONFIG", "/etc/y.toml")
+    argv = [os.fspath(a) for a in cli_server.argv_of(Options(home, None, None, None), with_parent=True)]
+    assert argv[argv.index("--config") + 1] == "/etc/y.toml"
+
+
+def test_a_missing_settings_file_is_blamed_on_who_named_it(
+    home: Paths, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli_server, "argv_of", lambda *_, **__: pytest.fail("a server was started"))
+    monkeypatch.setenv("HOTCELL_CONFIG", "/nowhere/y.toml")
+    assert call(home, "run", "idle") == 2
+    assert "/nowhere/y.toml: no such file (named by HOTCELL_CONFIG)" in capsys.readouterr().err
+    assert call(home, "--config", "/nowhere/x.toml", "run", "idle") == 2
+    assert "/nowhere/x.toml: no such file (named on the command line)" in capsys.readouterr().err
+
+
 def test_a_server_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     child = (
         "import sys, os, signal; from appliance.cli.server import die_with_parent; "
