@@ -14,7 +14,7 @@ from appliance.cli.client import Client
 from appliance.cli.common import LAB, Options, clean, note, options, out, reporter, table
 from appliance.cli.local import build_all
 from appliance.cli.render import outcome, phases
-from appliance.cli.run import Followed, run_one, worst
+from appliance.cli.run import MAX_SEED, Followed, run_one, worst
 from appliance.cli.server import server
 from appliance.cli.verbs import ladder
 from appliance.model import TrialState
@@ -30,7 +30,7 @@ def demo(
     keep_serving: Annotated[
         bool, typer.Option("--keep-serving", help="Leave the server running afterwards.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of both trials.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of both trials.")] = 0,
 ) -> None:
     """Build, serve, and run two controls with known scores.
 

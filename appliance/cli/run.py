@@ -6,10 +6,11 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from appliance.cli.client import Client, at
 from appliance.cli.common import (
@@ -35,6 +36,7 @@ from appliance.model import TrialState
 from appliance.service import FootprintView, HealthView, LimitOverrides, TrialRequest, TrialView
 from appliance.trial.records import JournalEntry
 
+MAX_SEED = 2**31 - 1
 _SAMPLE_S = 5.0
 
 
@@ -58,11 +60,23 @@ def limits_of(values: Sequence[str]) -> LimitOverrides:
     try:
         return LimitOverrides.model_validate(given)
     except ValidationError as e:
-        first = e.errors()[0]
-        key = first["loc"][0]
+        key = str(e.errors()[0]["loc"][0])
         raise ConfigError(
-            f"--limit {key}={given[str(key)]}: {first['msg']}", hint="see `hotcell run --help`"
+            f"--limit {key}={given[key]}: allowed is {allowed(LimitOverrides.model_fields[key])}",
+            hint="give a value within that range, or leave it out: then the scenario's own limit holds",
         ) from e
+
+
+def allowed(field: FieldInfo) -> str:
+    """What a number's field takes, in words. Pure."""
+    whole = int in (field.annotation, *get_args(field.annotation))
+    bounds = [
+        f"{word} {getattr(bound, name)}"
+        for bound in field.metadata
+        for name, word in (("gt", "above"), ("ge", "at least"), ("le", "at most"))
+        if hasattr(bound, name)
+    ]
+    return f"a {'whole ' if whole else ''}number {', '.join(bounds)}"
 
 
 def watch(
@@ -128,7 +142,9 @@ def run(
     subject: Annotated[str, typer.Argument(metavar="SUBJECT", help="Subject, such as replicator.")],
     scenario: Annotated[str, typer.Option(help="What the subject is asked.")] = "replicate",
     policy: Annotated[str, typer.Option(help="Named set of containment measures.")] = "sealed",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first trial; each next one adds 1.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Seed of the first trial; each next one adds 1.")
+    ] = 0,
     trials: Annotated[int, typer.Option(min=1, max=10_000, help="How many trials, one after the other.")] = 1,
     limit: Annotated[
         list[str] | None,
@@ -158,8 +174,14 @@ def _request(subject: str, scenario: str, policy: str, seed: int, limits: LimitO
         return TrialRequest(subject=subject, scenario=scenario, policy=policy, seed=seed, limits=limits)
     except ValidationError as e:
         first = e.errors()[0]
+        name, found = str(first["loc"][0]), first["input"]
+        if name == "seed":
+            raise ConfigError(
+                f"seed {found}: allowed is {allowed(TrialRequest.model_fields['seed'])}",
+                hint="each next trial's seed is 1 higher: give a lower --seed, or fewer --trials",
+            ) from e
         raise ConfigError(
-            f"{first['loc'][0]} {first['input']!r}: {first['msg']}",
+            f"{name} {found!r} is not a name",
             hint="names are lower case letters, digits and hyphens, at most 40",
         ) from e
 

@@ -12,6 +12,7 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from api import tarstream
 from appliance.cli import client as cli_client
@@ -21,6 +22,7 @@ from appliance.cli.app import _VERBS, app
 from appliance.cli.bundle import unpack
 from appliance.cli.common import clean, exit_code, pairs, table
 from appliance.cli.render import describe, journal_line, phases
+from appliance.cli.run import MAX_SEED
 from appliance.errors import (
     CapacityError,
     ConfigError,
@@ -32,7 +34,7 @@ from appliance.errors import (
 )
 from appliance.host import command
 from appliance.host.paths import PROJECT
-from appliance.service import FootprintView
+from appliance.service import FootprintView, TrialRequest
 from appliance.trial.records import JournalEntry
 
 NO_DATA = {"serve", "demo", "bundle"}  # docs/command-line.md names them
@@ -172,6 +174,12 @@ def test_phases_cover_the_whole_time() -> None:
     assert phases([]) == {}
 
 
+def test_the_highest_seed_is_the_one_that_a_trial_takes() -> None:
+    assert TrialRequest(subject="idle", seed=MAX_SEED).seed == MAX_SEED
+    with pytest.raises(ValidationError):
+        TrialRequest(subject="idle", seed=MAX_SEED + 1)
+
+
 def test_tables_align_and_hide_nothing_dangerous() -> None:
     assert table(("A", "LONG"), [("x\x1b", None), ("yyy", True)]) == "A    LONG\nx\ufffd   -\nyyy  yes"
 
@@ -244,7 +252,6 @@ def test_the_bill_adds_up_and_names_usage() -> None:
     from fakes.service import FakeLab
 
     from appliance.cli.run import Followed
-    from appliance.service import TrialRequest
 
     trial = FakeLab(Path())._new(TrialRequest(subject="idle"))
     done = Followed(
