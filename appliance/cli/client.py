@@ -43,7 +43,9 @@ _TIMEOUT = httpx.Timeout(30.0, connect=5.0)
 _SLOW = httpx.Timeout(1800.0, connect=5.0)
 _RECONNECTS = 5
 START_ONE = "start one with `hotcell serve` in another terminal, or name one with --server"
+_AS_ITS_USER = "run as the server's user, usually root"
 _MAX_LINE = 1 << 20
+_MAX_PORT = 65_535
 _NAMES = "a name is lower case letters, digits and hyphens, at most 40"
 # One of these collections: what it is called, its form, and who knows the right ones.
 _ITEMS = {
@@ -244,16 +246,19 @@ def connect(paths: Paths, server: str | None = None, token_file: Path | None = N
         PrerequisiteError: no server runs.
         ConfigError: there is no usable token, the home is another user's, or the URL is none.
     """
-    if server is None and not _exists(paths.api_socket):
-        raise PrerequisiteError(f"no server runs for {paths.home}", hint=START_ONE)
-    headers = {"Authorization": f"Bearer {_read_token(token_file or paths.token)}"}
     if server is None:
+        if not _exists(paths.api_socket):
+            raise PrerequisiteError(f"no server runs for {paths.home}", hint=START_ONE)
         where = os.fspath(paths.api_socket)
         transport, base = httpx.HTTPTransport(uds=where), "http://localhost"
     else:
-        if not re.fullmatch(r"https?://[^\s/]+/?", server):
+        if not _is_url(server):
             raise ConfigError(f"--server {server!r} is not a URL", hint="such as http://127.0.0.1:7077")
         where, transport, base = server, httpx.HTTPTransport(), server.rstrip("/")
+    name_it = f"name a file that holds the token of {where} with --token-file"
+    own = server is None and token_file is None
+    token = _read_token(token_file or paths.token, unreadable=_AS_ITS_USER if own else name_it, wrong=name_it)
+    headers = {"Authorization": f"Bearer {token}"}
     # trust_env off: a proxy of the environment must never see the token.
     with httpx.Client(
         transport=transport, base_url=base, headers=headers, timeout=_TIMEOUT, trust_env=False
@@ -261,20 +266,26 @@ def connect(paths: Paths, server: str | None = None, token_file: Path | None = N
         yield Client(http, where)
 
 
+def _is_url(text: str) -> bool:
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL:
+        return False
+    return bool(re.fullmatch(r"https?://[^\s/]+/?", text) and url.host and (url.port or 0) <= _MAX_PORT)
+
+
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
     except OSError as e:
-        raise ConfigError(
-            f"{path.parent} cannot be read: {e.strerror}", hint="run as the server's user, usually root"
-        ) from e
+        raise ConfigError(f"{path.parent} cannot be read: {e.strerror}", hint=_AS_ITS_USER) from e
 
 
-def _read_token(path: Path) -> str:
+def _read_token(path: Path, *, unreadable: str, wrong: str) -> str:
     try:
-        token = path.read_text()[:200].strip()
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"cannot read the API token {path}: {e}", hint="run as the server's user") from e
+        token = path.read_text(errors="replace")[:200].strip()
+    except OSError as e:
+        raise ConfigError(f"cannot read the API token {path}: {e.strerror}", hint=unreadable) from e
     if not _TOKEN.fullmatch(token):
-        raise ConfigError(f"{path} does not hold an API token", hint="name the right file with --token-file")
+        raise ConfigError(f"{path} does not hold an API token", hint=wrong)
     return token

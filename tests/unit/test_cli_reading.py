@@ -131,6 +131,20 @@ def test_a_server_that_was_named_is_never_replaced_by_the_home(filled: Paths, cl
     assert (ran.code, ran.out) == (3, "")
 
 
+def test_a_server_is_named_by_a_url_and_with_its_token(home: Paths, cli: Cli) -> None:
+    for wrong in ("foo", "http://", "http://x:99999999"):
+        told = cli("--server", wrong, "health").err
+        assert told.startswith(f"error: --server {wrong!r} is not a URL\n"), "first, whatever the token"
+    untold = cli("--server", "http://127.0.0.1:9", "health")
+    assert untold.code == 2
+    assert untold.err.splitlines() == [
+        f"error: cannot read the API token {home.token}: No such file or directory",
+        "what to do: name a file that holds the token of http://127.0.0.1:9 with --token-file",
+    ]
+    home.token.write_bytes(b"\xff\xfe")
+    assert "does not hold an API token" in cli("--server", "http://127.0.0.1:9", "health").err
+
+
 def test_a_sweep_that_a_named_server_does_not_answer_touches_nothing_here(
     home: Paths, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
