@@ -190,7 +190,8 @@ def _all(
     o: Options, requests: Sequence[TrialRequest], *, start: bool, shown: Callable[[Followed], None] | None
 ) -> list[Followed]:
     done: list[Followed] = []
-    with reporter("connecting") as report, server(o, report, start=start) as client:
+    first = requests[0]  # the others differ from it in their seed only
+    with reporter("connecting") as report, server(o, report, start=start, wanted=first) as client:
         for request in requests:
             done.append(run_one(client, request, report))
             if shown is not None:

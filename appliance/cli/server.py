@@ -13,11 +13,17 @@ from pathlib import Path
 
 from appliance.cli.client import Client, connect
 from appliance.cli.common import HOST, LAB, USER, Options, Reporter
-from appliance.config import find_settings_file, load_host_settings, load_library
+from appliance.config import (
+    HostSettings,
+    Library,
+    find_settings_file,
+    load_host_settings,
+    load_library,
+)
 from appliance.errors import HostError, HotcellError, LabError, PrerequisiteError, UserError
 from appliance.host import command
-from appliance.host.paths import PROJECT
-from appliance.service import HealthView
+from appliance.host.paths import PROJECT, Paths
+from appliance.service import HealthView, TrialRequest
 
 # Opening the laboratory boots a micro guest to choose the accelerator; under load that takes a while.
 START_S = 180.0
@@ -38,18 +44,26 @@ def answers(options: Options) -> bool:
 
 
 @contextmanager
-def server(options: Options, report: Reporter, *, start: bool, keep: bool = False) -> Iterator[Client]:
+def server(
+    options: Options,
+    report: Reporter,
+    *,
+    start: bool,
+    keep: bool = False,
+    wanted: TrialRequest | None = None,
+) -> Iterator[Client]:
     """A client of the running server; with ``start`` one is started if there is none, and ended after.
 
-    ``keep`` leaves a server that we started running.
+    ``keep`` leaves a server that we started running. None is started for a ``wanted`` trial that it would refuse.
 
     Raises:
         PrerequisiteError: none runs and ``start`` is false, or it did not come up and did not say why.
+        NotFoundError: there is no such subject, scenario or policy, or an image of theirs is not built.
         HotcellError: a settings or library file is wrong, or what a server that did not come up told.
     """
     child: command.Process[bytes] | None = None
     if start and options.server is None and not answers(options):
-        child = _start(options, report, with_parent=not keep)
+        child = _start(options, report, wanted, with_parent=not keep)
     try:
         with connect(options.paths, options.server, options.token_file) as client:
             yield client
@@ -78,9 +92,26 @@ def argv_of(options: Options, *, with_parent: bool) -> list[str | os.PathLike[st
     return [*argv, "--parent", str(os.getpid())] if with_parent else argv
 
 
-def _start(options: Options, report: Reporter, *, with_parent: bool) -> command.Process[bytes]:
-    # Also read by the child; here first, since a slip in a file is no reason to start anything.
-    load_library(settings=load_host_settings(options.config))
+def require_known(request: TrialRequest, library: Library, settings: HostSettings, paths: Paths) -> None:
+    """Look up all that a trial names, as a server would.
+
+    Raises:
+        NotFoundError: a subject, scenario, policy or image does not exist.
+    """
+    from appliance.pipeline.fleet import machines_for
+
+    library.policy(request.policy)
+    machines_for(library.subject(request.subject), library.scenario(request.scenario), settings, paths)
+
+
+def _start(
+    options: Options, report: Reporter, wanted: TrialRequest | None, *, with_parent: bool
+) -> command.Process[bytes]:
+    # Also read by the child; here first, since a slip in a file or a name is no reason to start anything.
+    settings = load_host_settings(options.config)
+    library = load_library(settings=settings)
+    if wanted is not None:
+        require_known(wanted, library, settings, options.paths)
     report.now("starting a server")
     options.paths.make()
     log = log_file(options)

@@ -30,7 +30,13 @@ def home() -> Iterator[Paths]:
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> None:
+def built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All images are built."""
+    monkeypatch.setattr("appliance.pipeline.fleet.machines_for", lambda *_: ((), ()))
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch, built: None) -> None:
     """Verbs start the laboratory in memory instead of a real one."""
 
     def argv(options: Options, *, with_parent: bool) -> list[str | os.PathLike[str]]:
@@ -55,11 +61,42 @@ def test_run_starts_a_server_and_ends_it(home: Paths, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.usefixtures("fake")
-def test_a_refused_run_ends_the_server_too(home: Paths) -> None:
+def test_a_run_that_the_server_refuses_ends_the_server_too(
+    home: Paths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli_server, "require_known", lambda *_: None)
     assert call(home, "run", "nobody") == 2
+    assert (home.home / "order").exists(), "it ran"
     assert not home.api_socket.exists()
 
 
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (("replictor",), "no subject named 'replictor' (did you mean `replicator`?)"),
+        (("idle", "--scenario", "nowhere"), "no scenario named 'nowhere'"),
+        (("idle", "--policy", "loose"), "no policy named 'loose'"),
+    ],
+)
+def test_a_wrong_name_is_told_before_anything_is_started(
+    home: Paths, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    argv: tuple[str, ...], said: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(cli_server, "argv_of", lambda *_, **__: pytest.fail("a server was started"))
+    assert call(home, "run", *argv) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_an_image_that_is_not_built_is_told_before_anything_is_started(
+    home: Paths, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli_server, "argv_of", lambda *_, **__: pytest.fail("a server was started"))
+    assert call(home, "run", "replicator") == 2
+    assert "hotcell build subject-cpu" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("built")
 def test_a_server_that_does_not_come_up_is_the_hosts_fault(
     home: Paths, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
