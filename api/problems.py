@@ -170,5 +170,5 @@ async def _unexpected(request: Request, error: Exception) -> JSONResponse:
         f"an unexpected {type(error).__name__}; this is a fault of hotcell",
         instance=request.url.path,
         blame=Blame.LAB,
-        hint="the server's log has the traceback",
+        hint="the server's log has the traceback: server.log in its home, or the terminal that it was started in",
     )

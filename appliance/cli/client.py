@@ -127,9 +127,10 @@ def arriving(target: Path) -> Iterator[BinaryIO]:
 class Client:
     """Calls of the API. Every method may raise any :class:`HotcellError` that the server reports."""
 
-    def __init__(self, http: httpx.Client, where: str) -> None:
+    def __init__(self, http: httpx.Client, where: str, log: str) -> None:
         self.http = http
         self.where = where
+        self.see_log = f"see the server's log: {log}"
 
     def get(self, shape: type[T], path: str, **params: Any) -> T:
         """GET ``/v1/PATH`` as ``shape``."""
@@ -179,7 +180,7 @@ class Client:
             if broken > _RECONNECTS:
                 raise LabError(
                     f"lost the server while following {trial}",
-                    hint=f"see the server's log, then `hotcell show {trial}`",
+                    hint=f"{self.see_log}; then `hotcell show {trial}`",
                 ) from cause
             time.sleep(0.2 * broken)
 
@@ -215,13 +216,13 @@ class Client:
                     for chunk in response.iter_bytes():
                         f.write(chunk)
         except httpx.TransportError as e:
-            raise LabError(f"the download broke off: {e}", hint="see the server's log") from e
+            raise LabError(f"the download broke off: {e}", hint=self.see_log) from e
 
     def _send(self, method: str, path: str, **rest: Any) -> httpx.Response:
         try:
             response = self.http.request(method, f"/v1/{path}", **rest)
         except httpx.TimeoutException as e:
-            raise LabError(f"{self.where} did not answer in time", hint="see the server's log") from e
+            raise LabError(f"{self.where} did not answer in time", hint=self.see_log) from e
         except httpx.TransportError as e:
             raise PrerequisiteError(f"no server answers at {self.where}: {e}", hint=START_ONE) from e
         if response.is_success:
@@ -263,7 +264,14 @@ def connect(paths: Paths, server: str | None = None, token_file: Path | None = N
     with httpx.Client(
         transport=transport, base_url=base, headers=headers, timeout=_TIMEOUT, trust_env=False
     ) as http:
-        yield Client(http, where)
+        yield Client(http, where, _log(paths, server))
+
+
+def _log(paths: Paths, server: str | None) -> str:
+    """Where a server writes its log, in words. Pure."""
+    if server is not None:
+        return f"server.log in the home of {server}, or the terminal that it was started in"
+    return f"{paths.server_log}, or the terminal that it was started in"
 
 
 def _is_url(text: str) -> bool:

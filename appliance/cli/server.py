@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from appliance.cli.client import Client, connect
@@ -76,11 +76,6 @@ def server(
             command.end(child, grace=STOP_S)
 
 
-def log_file(options: Options) -> Path:
-    """Where a server that we start writes its log."""
-    return options.paths.server_file.with_suffix(".log")
-
-
 def argv_of(options: Options, *, with_parent: bool) -> list[str | os.PathLike[str]]:
     """Command that serves these options; with ``with_parent`` it ends when this process does."""
     argv: list[str | os.PathLike[str]] = [sys.executable, "-m", "appliance.cli"]
@@ -114,8 +109,8 @@ def _start(
         require_known(wanted, library, settings, options.paths)
     report.now("starting a server")
     options.paths.make()
-    log = log_file(options)
-    with log.open("wb") as f:
+    log = options.paths.server_log
+    with fresh_log(log).open("wb") as f:
         child = command.spawn(
             argv_of(options, with_parent=with_parent),
             env={"PYTHONPATH": os.fspath(PROJECT)},
@@ -128,6 +123,13 @@ def _start(
         command.end(child, grace=STOP_S)
         raise
     return child
+
+
+def fresh_log(log: Path) -> Path:
+    """Put the log of the server before this one aside, as ``NAME.1``; returns ``log``, which is then free."""
+    with suppress(FileNotFoundError):
+        log.replace(log.with_name(f"{log.name}.1"))
+    return log
 
 
 def _wait(child: command.Process[bytes], options: Options, log: Path) -> None:

@@ -105,6 +105,11 @@ class Paths:
         return self.home / "server.json"
 
     @property
+    def server_log(self) -> Path:
+        """What a server that the command line started says; one that a user starts says it on stderr."""
+        return self.home / "server.log"
+
+    @property
     def warden_log(self) -> Path:
         """Why the warden cut, if it did."""
         return self.home / "warden.log"

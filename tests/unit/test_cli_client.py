@@ -316,4 +316,5 @@ def test_a_server_that_goes_away_is_reported(capsys: pytest.CaptureFixture[str])
         assert child.wait(15) == 4
         said = log.read_text()
         assert "lost the server" in said
+        assert f"see the server's log: {paths.server_log}" in said
         assert "Traceback" not in said

@@ -61,6 +61,16 @@ def test_run_starts_a_server_and_ends_it(home: Paths, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.usefixtures("fake")
+def test_the_log_of_the_server_before_is_kept(home: Paths) -> None:
+    home.server_log.write_text("an earlier one\n")
+    before = home.server_log.with_name("server.log.1")
+    before.write_text("one before that\n")
+    assert call(home, "run", "replicator") == 0
+    assert before.read_text() == "an earlier one\n"
+    assert "serving" in home.server_log.read_text()
+
+
+@pytest.mark.usefixtures("fake")
 def test_a_run_that_the_server_refuses_ends_the_server_too(
     home: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,12 +28,13 @@ from appliance.errors import (
     ConfigError,
     EvidenceError,
     HotcellError,
+    LabError,
     ResetError,
     SubjectError,
     UserError,
 )
 from appliance.host import command
-from appliance.host.paths import PROJECT
+from appliance.host.paths import PROJECT, Paths
 from appliance.service import FootprintView, TrialRequest
 from appliance.trial.records import JournalEntry
 
@@ -225,6 +226,25 @@ def test_names_and_ids_stand_in_a_path_as_they_are() -> None:
     assert cli_client.at("cells", "t20250102-030405-ffffff", "reset") == "cells/t20250102-030405-ffffff/reset"
     assert cli_client.at("trials", "t20250102-030405-ffffff") == "trials/t20250102-030405-ffffff"
     assert cli_client.at("baselines", "trials", "export") == "baselines/trials/export"
+
+
+@pytest.mark.parametrize(
+    ("server", "where"),
+    [(None, "/home/x/server.log"), ("http://h:1", "server.log in the home of http://h:1")],
+)
+def test_a_server_that_is_too_slow_is_told_with_where_its_log_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: str | None, where: str
+) -> None:
+    def slow(*_: object, **__: object) -> None:
+        raise httpx.ReadTimeout("slow")
+
+    paths = Paths(Path("/home/x"), tmp_path)
+    (tmp_path / "token").write_text("x" * 43)
+    monkeypatch.setattr(cli_client, "_exists", lambda _: True)
+    monkeypatch.setattr(httpx.Client, "request", slow)
+    with cli_client.connect(paths, server, tmp_path / "token") as client, pytest.raises(LabError) as told:
+        client.get(FootprintView, "health")
+    assert f"see the server's log: {where}" in told.value.hint
 
 
 def test_no_path_is_made_of_names_without_the_check() -> None:
