@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +40,25 @@ class Options:
 def options(ctx: typer.Context) -> Options:
     """The global options of this call."""
     return cast("Options", ctx.obj)
+
+
+def called_as(argv0: str, here: Path, found: str | None) -> str:
+    """How to call this program again from the folder ``here``, for a shell. Pure.
+
+    ``found`` is what the bare name means to the shell, None if nothing. A file below ``here`` is named by its
+    way from there, and ``python -m`` by the interpreter that runs it.
+    """
+    if Path(argv0).name == "__main__.py":
+        return f"{_short(Path(sys.executable), here)} -m appliance.cli"
+    program = Path(argv0)
+    if found is not None and Path(found) == here / program:
+        return shlex.quote(program.name)
+    return _short(here / program, here)
+
+
+def _short(path: Path, here: Path) -> str:
+    inside = path.is_relative_to(here) and len(path.relative_to(here).parts) > 1
+    return shlex.quote(os.fspath(path.relative_to(here) if inside else path))
 
 
 def exit_code(error: HotcellError) -> int:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
+import sys
 import time
 from collections.abc import Sequence
 from itertools import pairwise
@@ -11,12 +15,13 @@ from typing import Annotated
 import typer
 
 from appliance.cli.client import Client
-from appliance.cli.common import LAB, Options, clean, note, options, out, reporter, table
+from appliance.cli.common import LAB, Options, called_as, clean, note, options, out, reporter, table
 from appliance.cli.local import build_all
 from appliance.cli.render import outcome, phases
 from appliance.cli.run import MAX_SEED, Followed, run_one, worst
 from appliance.cli.server import server
 from appliance.cli.verbs import ladder
+from appliance.config import find_settings_file
 from appliance.model import TrialState
 from appliance.service import TrialRequest
 
@@ -149,14 +154,25 @@ def _address(client: Client, o: Options) -> str:
 
 
 def _next(o: Options, done: Sequence[Followed], address: str) -> None:
-    own = f"hotcell --home {o.paths.home} --cache {o.paths.cache}"
+    own = _own(o)
     out("")
     out("to look further")
     if done and done[0].trial.bundle:
-        out(f"  ls {clean(done[0].trial.bundle)}")
-        out(f"  {own} verify {clean(done[0].trial.bundle)}")
-    out(f"  {own} run idle")
+        bundle = clean(shlex.quote(done[0].trial.bundle))
+        out(f"  ls {bundle}")
+        out(f"  {own} verify {bundle}")
+    out(f"  {own} run claimer")
     if address:
         out(f"  the API is at {address}; end it with SIGTERM to the pid in {o.paths.server_file}")
     else:
         out(f"  {own} score {done[0].trial.id if done else 'last'}")
+
+
+def _own(o: Options) -> str:
+    """This program with this home and these settings, as a shell takes it."""
+    program = called_as(sys.argv[0], Path.cwd(), shutil.which(Path(sys.argv[0]).name))
+    options = ["--home", os.fspath(o.paths.home), "--cache", os.fspath(o.paths.cache)]
+    config = o.config or find_settings_file()  # the shell may have named it for this one call only
+    if config is not None:
+        options += ["--config", os.fspath(config.absolute())]
+    return f"{program} {shlex.join(options)}"

@@ -228,8 +228,12 @@ def test_the_demo_shows_both_ladders_and_the_bill(
 ) -> None:
     monkeypatch.setattr(cli_demo, "_build", lambda o: [{"recipe": "world", "seconds": 9.5}])
     monkeypatch.setattr(cli_demo, "_verify", lambda o, done: True)
+    monkeypatch.setattr(sys, "argv", ["/opt/lab/hotcell"])
+    settings = home.cache / "my settings.toml"
+    settings.touch()
+    again = f"/opt/lab/hotcell --home {home.home} --cache {home.cache} --config '{settings}'"
     try:
-        assert call(home, "demo", *(["--keep-serving"] if keep else [])) == 0
+        assert call(home, "--config", str(settings), "demo", *(["--keep-serving"] if keep else [])) == 0
         said = capsys.readouterr().out
         assert said.count("clean start") == 2
         for word in (
@@ -241,6 +245,8 @@ def test_the_demo_shows_both_ladders_and_the_bill(
             "to look further",
         ):
             assert word in said
+        assert f"\n  {again} run claimer\n" in said
+        assert f"\n  {again} verify /" in said
         assert home.api_socket.exists() is keep
         assert ("the API is at" in said) is keep
     finally:

@@ -20,7 +20,7 @@ from appliance.cli import demo as cli_demo
 from appliance.cli import main
 from appliance.cli.app import _VERBS, app
 from appliance.cli.bundle import unpack
-from appliance.cli.common import clean, exit_code, pairs, table
+from appliance.cli.common import called_as, clean, exit_code, pairs, table
 from appliance.cli.render import describe, journal_line, phases
 from appliance.cli.run import MAX_SEED
 from appliance.errors import (
@@ -286,6 +286,25 @@ def test_the_bill_adds_up_and_names_usage() -> None:
     assert ("", "idle", "9.0") in rows
     assert rows[-1] == ("all", "", "22.0")
     assert cli_demo.usage(done) == "control process, idle: at most 120 MB resident, 2.0 % of a core"
+
+
+@pytest.mark.parametrize(
+    ("argv0", "found", "shown"),
+    [
+        (".venv/bin/hotcell", None, ".venv/bin/hotcell"),
+        ("/src/hotcell/.venv/bin/hotcell", None, ".venv/bin/hotcell"),
+        ("/src/hotcell/.venv/bin/hotcell", "/usr/bin/hotcell", ".venv/bin/hotcell"),
+        ("/usr/bin/hotcell", "/usr/bin/hotcell", "hotcell"),
+        ("/opt/my lab/hotcell", None, "'/opt/my lab/hotcell'"),
+        ("/src/hotcell/hotcell", None, "/src/hotcell/hotcell"),
+        ("/src/hotcell/appliance/cli/__main__.py", None, ".venv/bin/python -m appliance.cli"),
+    ],
+)
+def test_the_program_is_named_as_it_was_called(
+    monkeypatch: pytest.MonkeyPatch, argv0: str, found: str | None, shown: str
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/src/hotcell/.venv/bin/python")
+    assert called_as(argv0, Path("/src/hotcell"), found) == shown
 
 
 @pytest.mark.parametrize(
