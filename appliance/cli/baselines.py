@@ -35,6 +35,8 @@ def baselines(ctx: typer.Context, as_json: Json = False) -> None:
     """
     if ctx.invoked_subcommand is None:
         list_all(ctx, as_json)
+    elif as_json:  # given before the verb, it is meant for the verb
+        ctx.default_map = {ctx.invoked_subcommand: {"as_json": True}}
 
 
 @app.command("list")

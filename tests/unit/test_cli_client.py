@@ -87,6 +87,8 @@ def test_baselines_by_name(cli: Cli, tmp_path: Path) -> None:
     assert "needed by  c1 uses it" in shown
     assert "ram   512.0" in shown
     assert cli("baselines", "show", "cold", "--json").json["files"]
+    assert cli("baselines", "--json", "show", "cold").json["files"]
+    assert cli("baselines", "--json", "list").json == cli("baselines", "--json").json
     assert "proved clean" in cli("reset", "lab", "target-1", "--baseline", "cold").out
     wrong = cli("reset", "lab", "origin", "--baseline", "cold")
     assert (wrong.code, "not a baseline of origin" in wrong.err) == (2, True)
