@@ -82,7 +82,10 @@ def _global(
     ] = None,
     cache: Annotated[
         Path | None,
-        typer.Option(help="Images and downloads. Default: $HOTCELL_CACHE, else ~/.cache/hotcell."),
+        typer.Option(
+            help="Images and downloads. Default: $HOTCELL_CACHE, else $XDG_CACHE_HOME/hotcell, "
+            "else ~/.cache/hotcell."
+        ),
     ] = None,
     config: Annotated[
         Path | None,
