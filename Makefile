@@ -18,7 +18,7 @@ test: setup ## everything: linters, unit tests, real virtual machines, whole tri
 check: setup ## linters and type checkers: ruff, mypy, shellcheck, yamllint, ansible-lint
 	@tools/check.sh
 
-unit: setup ## unit tests only: no root, no virtual machine, no network
+unit: setup ## unit tests only: no virtual machine, no network; root only for set-up
 	@tools/test.sh unit
 
 build: setup ## build all images; nothing changed takes two seconds
