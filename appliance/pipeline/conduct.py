@@ -218,28 +218,44 @@ _DIED = "the control process ended before the trial did"
 def recover(bench: Bench) -> dict[str, str]:
     """Seal what an earlier process left open, as void, and bring the index up to date.
 
-    Returns the trials' ids, each with "" or why its evidence could not be sealed; that is tried again at the
-    next start, and keeps no other trial from being sealed. A folder without a header never got as far as
-    being a trial and is removed.
+    Returns the names of the trials' folders, each with "" or why its evidence could not be sealed; it is kept
+    as it is, that is tried again at the next start, and keeps no other trial from being sealed. A folder
+    without a header never got as far as being a trial and is removed.
     """
     recovered: dict[str, str] = {}
     for folder in sorted(p for p in bench.paths.open_trials.iterdir() if p.is_dir()):
         try:
-            header = load_record(folder / records.TRIAL, records.TrialHeader)
-        except HotcellError:
-            shutil.rmtree(folder)
-            continue
-        try:
-            recovered[header.id] = ""
+            if _never_a_trial(folder):
+                shutil.rmtree(folder)
+                continue
+            recovered[folder.name] = ""
+            load_record(folder / records.TRIAL, records.TrialHeader)  # before anything in it is touched
             drop_parts(folder)
             with Journal(folder / records.JOURNAL) as journal:
-                journal.write(TrialState.VOID.value, blame=Blame.LAB, reason=_DIED, hint="", bundle=header.id)
+                journal.write(
+                    TrialState.VOID.value, blame=Blame.LAB, reason=_DIED, hint="", bundle=folder.name
+                )
             seal_folder(bench, folder, Outcome(TrialState.VOID, blame=Blame.LAB, reason=_DIED))
-        except (HotcellError, OSError) as e:
-            recovered[header.id] = str(e)
+        except HotcellError as e:
+            recovered[folder.name] = e.message
+        except OSError as e:
+            recovered[folder.name] = f"{folder}: {e.strerror or e}"
     for row in queries.open_trials(bench.store):
         _close_row(bench, row.id, recovered.setdefault(row.id, ""))
     return recovered
+
+
+def _never_a_trial(folder: Path) -> bool:
+    """Whether there is no header. One that cannot be read, for whatever reason, is evidence all the same.
+
+    Raises:
+        OSError: it cannot be told.
+    """
+    try:
+        (folder / records.TRIAL).lstat()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _close_row(bench: Bench, trial: str, problem: str) -> None:

@@ -24,6 +24,10 @@ from appliance.trial.baselines import BaselineShelf
 
 log = Log("hotcell.lab")
 OWNER = "hotcell"
+_NOT_SEALED = (
+    "it stays as it is and every start tries again to seal it: mend what the problem names, "
+    "or move the folder elsewhere to give it up"
+)
 
 
 def open_laboratory(paths: Paths, settings: HostSettings) -> Lab:
@@ -63,6 +67,8 @@ def open_laboratory(paths: Paths, settings: HostSettings) -> Lab:
         log.warning(
             "trial-void", trial=trial, reason="an earlier process ended before it did", problem=problem
         )
+        if problem:
+            log.warning("evidence-kept", folder=str(paths.open_trials / trial), hint=_NOT_SEALED)
     lab = Lab(bench, settings, library, Warden(paths), cells)
     standbys.ask(lab.room_for_standby)
     return lab

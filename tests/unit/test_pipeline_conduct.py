@@ -260,14 +260,44 @@ def test_one_broken_trial_does_not_keep_the_others_open(w: Workbench) -> None:
     assert set(recover(w.bench)) == {broken.id}, "and it is told again"
 
 
-@pytest.mark.parametrize("content", [None, b"", b"{}"])
-def test_a_folder_that_never_became_a_trial_is_removed(w: Workbench, content: bytes | None) -> None:
+def test_a_folder_that_never_became_a_trial_is_removed(w: Workbench) -> None:
     folder = w.host.paths.open_trials / "t20260101-000000-ffffff"
     (folder / "sub").mkdir(parents=True)
-    if content is not None:
-        (folder / records.TRIAL).write_bytes(content)
+    (folder / records.JOURNAL).touch()
     assert recover(w.bench) == {}
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"id": "of a later schema"}', None], ids=repr)
+def test_evidence_that_cannot_be_read_is_kept_and_keeps_nothing_else(
+    w: Workbench, content: bytes | None
+) -> None:
+    """With None the read itself fails, as of a disk with errors or without a free descriptor."""
+    odd, fine = crashed(w), crashed(w)
+    folder = w.host.paths.open_trials / odd.id
+    header = folder / records.TRIAL
+    whole = header.read_bytes()
+    header.unlink()
+    if content is None:
+        header.mkdir()
+    else:
+        header.write_bytes(content)
+    (folder / f".{records.PROOFS}.4711.140.part").write_bytes(b"half")
+    before = sorted(p.name for p in folder.iterdir())
+
+    for _ in range(2):
+        done = recover(w.bench)
+        assert str(folder) in done[odd.id], "told at every start, by its place"
+        assert sorted(p.name for p in folder.iterdir()) == before
+    check_bundle(w, fine, TrialState.VOID)
+    row = queries.get(w.bench.store, odd.id)
+    assert (row.state, row.bundle) == (TrialState.VOID, "")
+    assert "not sealed" in row.void_reason
+
+    header.rmdir() if content is None else header.unlink()
+    header.write_bytes(whole)
+    assert recover(w.bench) == {odd.id: ""}, "once it can be read it is sealed"
+    check_bundle(w, odd, TrialState.VOID)
 
 
 def test_a_crash_between_sealing_and_indexing_loses_nothing(
