@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from appliance.errors import HotcellError
+from appliance.errors import EvidenceError, HotcellError
 from appliance.evidence import journal
 from appliance.trial.records import JournalEntry
 
@@ -19,6 +19,9 @@ def follow(path_of: Callable[[], Path], ended: Callable[[], bool], seq: int) -> 
     """Entries from ``seq`` on, as they come; None for each second without one; ends with the trial.
 
     ``path_of`` tells where the journal lies now, ``ended`` whether the trial has.
+
+    Raises:
+        EvidenceError: the trial has ended, and its journal cannot be read.
     """
     quiet, size = 0.0, -1
     while True:
@@ -32,12 +35,22 @@ def follow(path_of: Callable[[], Path], ended: Callable[[], bool], seq: int) -> 
                     seq, quiet, found = entry.seq + 1, 0.0, found + 1
                     yield entry
             size = now
-        except (OSError, HotcellError):
+        except (OSError, HotcellError) as e:
+            if over:  # its folder has its last place
+                raise _unreadable(e) from e
             size = -1  # it is being sealed: the folder moves to its final name
-        if over and size >= 0 and not found:
+        if over and not found:
             return
         time.sleep(_POLL_S)
         quiet += _POLL_S
         if quiet >= _QUIET_S:
             quiet = 0.0
             yield None
+
+
+def _unreadable(e: OSError | HotcellError) -> EvidenceError:
+    why = e.message if isinstance(e, HotcellError) else str(e)
+    return EvidenceError(
+        f"the trial has ended, and its journal cannot be read: {why}",
+        hint="`hotcell show` tells how it ended",
+    )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from appliance.errors import EvidenceError
 from appliance.evidence.journal import Journal
 from appliance.pipeline import following
 from appliance.pipeline.following import follow
@@ -65,6 +66,15 @@ def test_a_journal_that_is_not_there_yet_is_waited_for(tmp_path: Path) -> None:
     with Journal(tmp_path / "j") as journal:
         journal.write("late")
     assert [e.event for e in stream if e] == ["late"]
+
+
+@pytest.mark.parametrize("content", [None, b"not a journal\n"])
+def test_a_journal_that_cannot_be_read_at_the_end_is_told(tmp_path: Path, content: bytes | None) -> None:
+    """Of a trial that left no evidence, or none that can be read: nobody waits for it for ever."""
+    if content is not None:
+        (tmp_path / "j").write_bytes(content)
+    with pytest.raises(EvidenceError, match="has ended, and its journal cannot be read"):
+        next(follow(lambda: tmp_path / "j", lambda: True, 0))
 
 
 def test_a_torn_line_is_not_shown_before_it_is_whole(tmp_path: Path) -> None:
