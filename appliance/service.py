@@ -229,12 +229,12 @@ class TrialView(Frozen):
     seed: int
     key: Key | None
     created: float
-    started: float | None
+    started: float | None = Field(description="When the subject's run began; None: it did not, or not yet.")
     ended: float | None
     stopped: Stopped | None = Field(description="Why the subject's run came to its end.")
     highest: int | None = Field(description="Highest rung reached, once scored.")
     verdict: str | None = Field(description="The scorecard's headline, once scored.")
-    blame: Blame | None = Field(description="Set if void.")
+    blame: Blame | None = Field(description="Who has to act; set if void, unless its bundle does not say.")
     reason: str = Field(description="Why it is void or aborted; empty otherwise.")
     hint: str = Field(description="What to do about it; empty otherwise.")
     bundle: str | None = Field(description="Directory of the evidence on the server, once sealed.")

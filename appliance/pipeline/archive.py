@@ -15,7 +15,7 @@ from appliance.trial import records
 
 
 class Archive:
-    """One home's trials. It knows nothing that only a running process knows: queue, start, remedy of a void trial.
+    """One home's trials. It knows nothing that only a running process knows: the queue.
 
     Raises of every method: NotFoundError: no such trial; LabError: the index is not usable.
     """
@@ -29,12 +29,12 @@ class Archive:
         page = queries.trials(
             self._store, states=(state,) if state else (), subject=subject, limit=limit, offset=offset
         )
-        items = tuple(views.trial_view(r, self._paths, None) for r in page.rows)
+        items = tuple(views.trial_view(r, self._paths) for r in page.rows)
         return TrialPage(items=items, total=page.total, limit=limit, offset=offset)
 
     def trial(self, trial_id: str) -> TrialView:
         """One trial."""
-        return views.trial_view(queries.get(self._store, trial_id), self._paths, None)
+        return views.trial_view(queries.get(self._store, trial_id), self._paths)
 
     def folder(self, trial_id: str) -> Path:
         """Where its files are now, open or sealed."""

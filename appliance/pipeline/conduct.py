@@ -18,9 +18,8 @@ from appliance.cell.cell import Cell
 from appliance.cell.isolation import SealFact, hypervisor_facts
 from appliance.cell.standby import StandbyPool
 from appliance.errors import Blame, HotcellError, LabError
-from appliance.evidence import bundle
+from appliance.evidence import bundle, journal
 from appliance.evidence.folder import TrialFolder
-from appliance.evidence.journal import Journal, drop_parts, write_record
 from appliance.host.clock import SteadyClock
 from appliance.host.paths import Paths
 from appliance.model import TrialState
@@ -47,6 +46,7 @@ class Outcome:
     blame: Blame | None = None
     reason: str = ""
     hint: str = ""
+    started: float | None = None
     bundle: Path | None = None
 
 
@@ -79,7 +79,6 @@ def conduct(
     folder: TrialFolder,
     cell: Cell,
     stop: StopFlag,
-    on_state: Callable[[TrialState], None],
     on_gone: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Run one trial to its sealed bundle. Raises only what is a defect of ours.
@@ -88,9 +87,13 @@ def conduct(
     ended.
     """
 
+    started: float | None = None
+
     def enter(state: TrialState) -> None:
-        queries.upsert_state(bench.store, plan.id, state)
-        on_state(state)
+        nonlocal started
+        if state is TrialState.RUNNING:
+            started = time.time()
+        queries.upsert_state(bench.store, plan.id, state, started=started)
 
     try:
         outcome = _run_and_score(bench, plan, folder, cell, stop, enter)
@@ -98,6 +101,7 @@ def conduct(
         bench.shelf.store.release(plan.id)
         on_gone()
         bench.standbys.forget(plan.id)
+    outcome.started = started
     return _finish(bench, plan, folder, outcome)
 
 
@@ -180,10 +184,19 @@ def _finish(bench: Bench, plan: Plan, folder: TrialFolder, outcome: Outcome) -> 
         outcome = Outcome(
             TrialState.VOID, blame=Blame.LAB, reason=f"not sealed: {e}", hint="the next start tries again"
         )
-        queries.upsert_state(
-            bench.store, plan.id, outcome.state, ended=time.time(), void_reason=outcome.reason
-        )
+        put_void(bench, plan.id, outcome.reason, outcome.hint)
     return outcome
+
+
+def put_void(bench: Bench, trial: str, reason: str, hint: str) -> None:
+    """Index a trial as void by the laboratory's fault where its evidence could not be sealed.
+
+    Raises:
+        LabError: the index is not usable.
+    """
+    queries.upsert_state(
+        bench.store, trial, TrialState.VOID, ended=time.time(), void_reason=reason, blame=Blame.LAB, hint=hint
+    )
 
 
 def seal_folder(bench: Bench, folder: Path, outcome: Outcome) -> Path:
@@ -194,8 +207,11 @@ def seal_folder(bench: Bench, folder: Path, outcome: Outcome) -> Path:
     """
     if outcome.state is not TrialState.SEALED:
         (folder / records.SCORE).unlink(missing_ok=True)
-    closing = records.Closing(state=outcome.state, reason=outcome.reason, at=time.time())
-    write_record(folder / records.CLOSING, closing)
+    closing = records.Closing(
+        state=outcome.state, reason=outcome.reason, at=time.time(), blame=outcome.blame, hint=outcome.hint,
+        started=outcome.started,
+    )  # fmt: skip
+    journal.write_record(folder / records.CLOSING, closing)
     final = bench.paths.bundles / folder.name
     bundle.seal(folder, final, bench.key)
     header = load_record(final / records.TRIAL, records.TrialHeader)
@@ -207,6 +223,7 @@ def seal_folder(bench: Bench, folder: Path, outcome: Outcome) -> Path:
         queries.row_of(
             header, outcome.state, ended=closing.at, card=outcome.card, void_reason=outcome.reason,
             bundle=final.name, manifest_sha256=report.manifest_sha256,
+            started=closing.started, blame=closing.blame, hint=closing.hint,
         ),
     )  # fmt: skip
     return final
@@ -230,12 +247,16 @@ def recover(bench: Bench) -> dict[str, str]:
                 continue
             recovered[folder.name] = ""
             load_record(folder / records.TRIAL, records.TrialHeader)  # before anything in it is touched
-            drop_parts(folder)
-            with Journal(folder / records.JOURNAL) as journal:
-                journal.write(
+            journal.drop_parts(folder)
+            with journal.Journal(folder / records.JOURNAL) as written:
+                written.write(
                     TrialState.VOID.value, blame=Blame.LAB, reason=_DIED, hint="", bundle=folder.name
                 )
-            seal_folder(bench, folder, Outcome(TrialState.VOID, blame=Blame.LAB, reason=_DIED))
+            entries = journal.scan(folder / records.JOURNAL)
+            started = next((e.at for e in entries if e.event == records.STARTED), None)
+            seal_folder(
+                bench, folder, Outcome(TrialState.VOID, blame=Blame.LAB, reason=_DIED, started=started)
+            )
         except HotcellError as e:
             recovered[folder.name] = e.message
         except OSError as e:
@@ -263,5 +284,8 @@ def _close_row(bench: Bench, trial: str, problem: str) -> None:
     try:
         queries.put(bench.store, row_of_bundle(bench.paths.bundles / trial, bench.key.public_key()))
     except (HotcellError, OSError):
-        reason = f"{_DIED}; not sealed: {problem}" if problem else f"{_DIED}, and left no evidence"
-        queries.upsert_state(bench.store, trial, TrialState.VOID, ended=time.time(), void_reason=reason)
+        if problem:
+            hint = f"it is kept in {bench.paths.open_trials / trial}, and the next start tries again"
+            put_void(bench, trial, f"{_DIED}; not sealed: {problem}", hint)
+        else:
+            put_void(bench, trial, f"{_DIED}, and left no evidence", "")

@@ -192,7 +192,7 @@ class Lab:
         return self._view_of(queries.get(self._bench.store, trial_id))
 
     def _view_of(self, row: queries.TrialRow) -> TrialView:
-        view = views.trial_view(row, self._bench.paths, self._trials.live(row.id))
+        view = views.trial_view(row, self._bench.paths)
         position, why = self._trials.place(row.id)
         return view.model_copy(update={"position": position, "waiting": why})
 

@@ -9,15 +9,13 @@ from contextlib import suppress
 
 from appliance.cell.cell import Cell
 from appliance.config import HostSettings, Library
-from appliance.errors import Blame, ConflictError, HotcellError, LabError
+from appliance.errors import ConflictError, HotcellError, LabError
 from appliance.evidence.folder import TrialFolder
-from appliance.model import TrialState
 from appliance.pipeline.admission import Need, need_of
-from appliance.pipeline.conduct import Bench, Outcome, conduct, never_started, open_folder
+from appliance.pipeline.conduct import Bench, Outcome, conduct, never_started, open_folder, put_void
 from appliance.pipeline.dispatch import Dispatcher, Job, Load
 from appliance.pipeline.fleet import machines_for
 from appliance.pipeline.grants import Grants
-from appliance.pipeline.views import LiveTrial, WhyEnded
 from appliance.service import TrialRequest
 from appliance.store import queries
 from appliance.trial.plan import Plan, make_plan, new_trial_id
@@ -40,7 +38,6 @@ class TrialDesk:
         self._library = library
         self._cells = cells
         self._grants = grants
-        self._lives: dict[str, LiveTrial] = {}
         self._creating = threading.Lock()
         self._dispatcher = Dispatcher(grants, settings.guests.max_trials)
 
@@ -95,7 +92,6 @@ class TrialDesk:
     def _job(self, request: TrialRequest, plan: Plan, need: Need) -> Job:
         self.require_accepting()
         folder, stop = open_folder(self._bench, plan), StopFlag()
-        live = self._lives[plan.id] = LiveTrial()
 
         def tell(why: str) -> None:
             with suppress(HotcellError):  # a journal that cannot be written voids the trial when it runs
@@ -103,8 +99,8 @@ class TrialDesk:
 
         return Job(
             id=plan.id, need=need, batch=request.batch or "", stop=stop, tell=tell,
-            run=lambda: self._end(plan, live, lambda: self._conduct(plan, folder, live, stop)),
-            never=lambda: self._end(plan, live, lambda: never_started(self._bench, plan, folder, stop)),
+            run=lambda: self._end(plan, lambda: self._conduct(plan, folder, stop)),
+            never=lambda: self._end(plan, lambda: never_started(self._bench, plan, folder, stop)),
             left=lambda: plan.id in self._cells,
         )  # fmt: skip
 
@@ -123,26 +119,17 @@ class TrialDesk:
 
     # -- running --------------------------------------------------------------------------------------
 
-    def _end(self, plan: Plan, live: LiveTrial, how: Callable[[], Outcome]) -> None:
+    def _end(self, plan: Plan, how: Callable[[], Outcome]) -> None:
+        # What comes of it is in the index, and nowhere else: it would be held for each trial that ever ran.
         try:
-            outcome = how()
+            how()
         except Exception as e:  # noqa: BLE001 - one broken trial must not take the desk from all others
-            reason = f"{type(e).__name__}: {e}"
             hint = "a defect of Hotcell; the next start seals what there is"
-            outcome = Outcome(TrialState.VOID, blame=Blame.LAB, reason=reason, hint=hint)
             with suppress(HotcellError):
-                queries.upsert_state(
-                    self._bench.store, plan.id, TrialState.VOID, ended=time.time(), void_reason=reason
-                )
-        # Not the outcome itself: its scorecard is in the bundle, and would be held for each trial that ever ran.
-        live.ended = WhyEnded(outcome.blame, outcome.hint)
+                put_void(self._bench, plan.id, f"{type(e).__name__}: {e}", hint)
 
-    def _conduct(self, plan: Plan, folder: TrialFolder, live: LiveTrial, stop: StopFlag) -> Outcome:
+    def _conduct(self, plan: Plan, folder: TrialFolder, stop: StopFlag) -> Outcome:
         cell = Cell(plan.id, self._bench.shop, self._bench.standbys)
-
-        def on_state(state: TrialState) -> None:
-            if state is TrialState.RUNNING:
-                live.started = time.time()
 
         def on_gone() -> None:
             # Now, not at the end: who sees that the trial has ended may ask for its room at once. A cell whose
@@ -152,13 +139,9 @@ class TrialDesk:
                 self._grants.release(plan.id)
 
         self._cells[cell.id] = cell
-        return conduct(self._bench, plan, folder, cell, stop, on_state, on_gone)
+        return conduct(self._bench, plan, folder, cell, stop, on_gone)
 
     # -- looking --------------------------------------------------------------------------------------
-
-    def live(self, trial_id: str) -> LiveTrial | None:
-        """What this process knows of a trial, if it ran here."""
-        return self._lives.get(trial_id)
 
     def trial_of(self, cell: str) -> str | None:
         """The trial that a cell belongs to, while it runs."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from appliance.build import Image
 from appliance.cell.baseline import Baseline, DiskBaseline, RamBaseline
 from appliance.cell.cell import Cell, Renewal
@@ -11,9 +9,8 @@ from appliance.cell.incarnation import Incarnation
 from appliance.cell.overlay import used_bytes
 from appliance.cell.proof import Proof
 from appliance.cell.qga import GuestResult
-from appliance.errors import Blame
 from appliance.host.paths import Paths
-from appliance.model import Stopped, TrialState
+from appliance.model import Stopped
 from appliance.service import (
     MAX_EXEC_OUTPUT,
     BaselineDetail,
@@ -120,31 +117,14 @@ def exec_view(result: GuestResult, seconds: float) -> ExecView:
     )
 
 
-def trial_view(row: TrialRow, paths: Paths, live: LiveTrial | None) -> TrialView:
-    """A trial from the index, with what only the running process knows."""
-    ended = live.ended if live else None
-    blame = ended.blame if ended else (Blame.LAB if row.state is TrialState.VOID else None)
+def trial_view(row: TrialRow, paths: Paths) -> TrialView:
+    """A trial from the index."""
     return TrialView(
         id=row.id, state=row.state, subject=row.subject, scenario=row.scenario, policy=row.policy,
         seed=row.seed, key=row.key,
-        created=row.created, started=live.started if live else None, ended=row.ended,
+        created=row.created, started=row.started, ended=row.ended,
         stopped=Stopped(row.stopped) if row.stopped else None,
-        highest=row.highest, verdict=row.verdict or None, blame=blame, reason=row.void_reason,
-        hint=ended.hint if ended else "",
+        highest=row.highest, verdict=row.verdict or None, blame=row.blame, reason=row.void_reason,
+        hint=row.hint,
         bundle=str(paths.bundles / row.bundle) if row.bundle else None,
     )  # fmt: skip
-
-
-class LiveTrial:
-    """What the process knows of a trial beyond the index; kept for each while it runs, so it is small."""
-
-    def __init__(self) -> None:
-        self.started: float | None = None
-        self.ended: WhyEnded | None = None
-
-
-class WhyEnded(NamedTuple):
-    """Why a trial ended as it did."""
-
-    blame: Blame | None
-    hint: str

@@ -60,6 +60,14 @@ def m002_request(db: Database) -> None:
         db.table(TRIALS).add_column(column, kind)
 
 
+@migrations()
+def m003_ending(db: Database) -> None:
+    """When the run began, and of a void trial who has to act and how."""
+    db.table(TRIALS).add_column("started", float)
+    db.table(TRIALS).add_column("blame", str)
+    db.table(TRIALS).add_column("hint", str, not_null_default="")
+
+
 class Store:
     """The index. One object may be used from any thread: every block gets a connection of its own.
 

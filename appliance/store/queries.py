@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field
 
-from appliance.errors import NotFoundError
+from appliance.errors import Blame, NotFoundError
 from appliance.model import Frozen, TrialId, TrialState
 from appliance.score.card import Scorecard
 from appliance.store.database import TRIALS, Store
@@ -54,6 +54,9 @@ class TrialRow(Frozen):
     seed: int = 0
     key: str | None = None
     stopped: str | None = None
+    started: float | None = None
+    blame: Blame | None = None
+    hint: str = ""
 
 
 class TrialPage(Frozen):
@@ -73,6 +76,9 @@ def row_of(
     void_reason: str = "",
     bundle: str = "",
     manifest_sha256: str = "",
+    started: float | None = None,
+    blame: Blame | None = None,
+    hint: str = "",
 ) -> TrialRow:
     """The row of a trial, from its records. Pure."""
     return TrialRow(
@@ -101,6 +107,9 @@ def row_of(
         seed=header.seed,
         key=header.key,
         stopped=card.stopped.value if card else None,
+        started=started,
+        blame=blame,
+        hint=hint,
     )
 
 
@@ -127,26 +136,28 @@ def upsert_state(
     state: TrialState,
     *,
     header: TrialHeader | None = None,
+    started: float | None = None,
     ended: float | None = None,
     void_reason: str | None = None,
+    blame: Blame | None = None,
+    hint: str | None = None,
 ) -> None:
     """Record the state of a trial that is open: with ``header`` on first sight, later without.
+
+    What is None stays as it was.
 
     Raises:
         NotFoundError: the trial is not in the index and no header was given.
     """
-    changes: dict[str, Any] = {"state": state.value}
-    if ended is not None:
-        changes["ended"] = ended
-    if void_reason is not None:
-        changes["void_reason"] = void_reason
+    told = {"started": started, "ended": ended, "void_reason": void_reason, "blame": blame, "hint": hint}
+    changes: dict[str, Any] = {k: v for k, v in told.items() if v is not None}
     with store.write() as db:
         if db.execute(f"select 1 from {TRIALS} where id = ?", [trial]).fetchone():  # noqa: S608 - our constant
-            db.table(TRIALS).update(trial, changes)
+            db.table(TRIALS).update(trial, changes | {"state": state.value})
         elif header is None:
             raise _unknown(trial)
         else:
-            row = row_of(header, state, ended=ended, void_reason=void_reason or "")
+            row = row_of(header, state, **changes)
             db.table(TRIALS).insert(_to_sql(row), pk="id")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from appliance.errors import EvidenceError, HotcellError
+from appliance.errors import Blame, EvidenceError, HotcellError
 from appliance.evidence import bundle, journal
 from appliance.model import Frozen, TrialState
 from appliance.score.card import Scorecard
@@ -45,15 +45,18 @@ def row_of_bundle(bundle_dir: Path, public_key: Ed25519PublicKey) -> TrialRow:
         raise _refused(f"{records.TRIAL} is of trial {header.id}", 1)
     score = bundle_dir / records.SCORE
     card = load_record(score, Scorecard) if score.exists() else None
-    state, reason, ended = _end(bundle_dir, card)
+    closing = _closing(bundle_dir, card, header)
     return row_of(
         header,
-        state,
-        ended=ended,
-        card=card if state is TrialState.SEALED else None,
-        void_reason=reason,
+        closing.state,
+        ended=closing.at,
+        card=card if closing.state is TrialState.SEALED else None,
+        void_reason=closing.reason,
         bundle=bundle_dir.name,
         manifest_sha256=report.manifest_sha256,
+        started=closing.started,
+        blame=closing.blame,
+        hint=closing.hint,
     )
 
 
@@ -73,18 +76,18 @@ def reindex(store: Store, bundles: Path, public_key: Ed25519PublicKey) -> Reinde
     return ReindexReport(indexed=len(rows), skipped=tuple(skipped))
 
 
-def _end(bundle_dir: Path, card: Scorecard | None) -> tuple[TrialState, str, float | None]:
-    """Last state, reason and time of a sealed trial; from the journal where there is no closing record."""
-    closing = bundle_dir / records.CLOSING
-    if closing.exists():
-        record = load_record(closing, records.Closing)
-        return record.state, record.reason, record.at
-    path = bundle_dir / records.JOURNAL
-    entries = journal.read(path) if path.exists() else ()
-    ended = entries[-1].at if entries else None
+def _closing(bundle_dir: Path, card: Scorecard | None, header: records.TrialHeader) -> records.Closing:
+    """How a sealed trial ended; from its last journal entry where there is no closing record."""
+    path = bundle_dir / records.CLOSING
+    if path.exists():
+        return load_record(path, records.Closing)
+    written = bundle_dir / records.JOURNAL
+    entries = journal.read(written) if written.exists() else ()
+    at = entries[-1].at if entries else header.created
     if card is not None:
-        return TrialState.SEALED, "", ended
-    return TrialState.VOID, "there is no scorecard and no closing record", ended
+        return records.Closing(state=TrialState.SEALED, reason="", at=at)
+    reason = "there is no scorecard and no closing record"
+    return records.Closing(state=TrialState.VOID, reason=reason, at=at, blame=Blame.LAB)
 
 
 def _refused(reason: str, faults: int) -> EvidenceError:

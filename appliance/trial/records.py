@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from appliance.errors import Blame
 from appliance.model import Accelerator, Frozen, Name, Sha256, Stopped, TrialId, TrialState
 
 TRIAL = "trial.json"  # TrialHeader, written before anything starts
@@ -271,9 +272,13 @@ class Ending(Frozen):
 class Closing(Frozen):
     """How the trial ended as a trial, so that the index can be rebuilt from bundles alone.
 
-    ``state`` is one of the three last states; ``reason`` is empty for a sealed trial.
+    ``state`` is one of the three last states; ``reason`` is empty for a sealed trial, ``blame`` is set for a
+    void one. ``started`` is when the subject's run began, None if it never did.
     """
 
     state: TrialState
     reason: str
     at: float
+    blame: Blame | None = None
+    hint: str = ""
+    started: float | None = None

@@ -24,6 +24,7 @@ from appliance.model import TrialState
 from appliance.pipeline import conduct as module
 from appliance.pipeline.conduct import Outcome, conduct, open_folder, recover, seal_folder
 from appliance.store import queries
+from appliance.store.reindex import row_of_bundle
 from appliance.trial import records
 from appliance.trial.plan import Plan
 from appliance.trial.runner import TrialRun
@@ -40,7 +41,7 @@ def run(w: Workbench, stop: StopFlag | None = None, plan: Plan | None = None) ->
     plan = plan or w.plan()
     folder = open_folder(w.bench, plan)
     cell = Cell(plan.id, w.host.shop)
-    return plan, conduct(w.bench, plan, folder, cell, stop or StopFlag(), lambda _s: None)
+    return plan, conduct(w.bench, plan, folder, cell, stop or StopFlag())
 
 
 def check_bundle(w: Workbench, plan: Plan, state: TrialState) -> queries.TrialRow:
@@ -62,6 +63,11 @@ def test_a_trial_that_replicates_is_scored_and_sealed(w: Workbench) -> None:
     plan, outcome = run(w)
     assert (outcome.state, outcome.reason) == (TrialState.SEALED, "")
     row = check_bundle(w, plan, TrialState.SEALED)
+    assert (row.blame, row.hint) == (None, "")
+    assert plan.header.created < (row.started or 0) < (row.ended or 0)
+    assert row_of_bundle(w.host.paths.bundles / plan.id, KEY.public_key()) == row, (
+        "the bundle alone tells all"
+    )
     passed = {r.number for r in row.rungs if r.passed}
     assert passed >= {0, 2, 3, 4}, outcome.card
     assert not row.replicated, "no packet was seen: a copy that nobody moved is not one"
@@ -92,7 +98,7 @@ class Breaking:
     [
         (SealError("leaked"), Blame.LAB),
         (ResetError("withheld"), Blame.LAB),
-        (CommandError("qemu-img failed"), Blame.HOST),
+        (CommandError("qemu-img failed", hint="install it"), Blame.HOST),
         (GuestTamperError("not honest"), Blame.LAB),  # it never met the subject: our baseline is wrong
         (NotFoundError("no machine"), Blame.USER),
         (ZeroDivisionError("division"), Blame.LAB),
@@ -110,6 +116,10 @@ def test_an_error_makes_the_trial_void_and_says_whose_it_is(
     assert row.void_reason == outcome.reason
     assert str(error.args[-1]) in outcome.reason
     assert row.highest is None
+    assert (row.blame, row.hint, row.started) == (blame, outcome.hint, None)
+    assert row_of_bundle(w.host.paths.bundles / plan.id, KEY.public_key()) == row, (
+        "the bundle alone tells all"
+    )
 
 
 def test_a_request_to_stop_aborts_and_a_failure_voids(w: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,6 +185,7 @@ def test_a_trial_that_cannot_be_sealed_is_void_and_kept(w: Workbench) -> None:
     assert (w.host.paths.open_trials / plan.id / records.TRIAL).exists()
     row = queries.get(w.bench.store, plan.id)
     assert (row.state, row.bundle) == (TrialState.VOID, "")
+    assert (row.blame, row.hint) == (Blame.LAB, "the next start tries again")
 
 
 def test_a_journal_that_cannot_be_written_at_the_end_is_void(
@@ -184,7 +195,7 @@ def test_a_journal_that_cannot_be_written_at_the_end_is_void(
     folder = open_folder(w.bench, plan)
     Breaking(monkeypatch, SealError("x"))
     folder.journal.close()
-    outcome = conduct(w.bench, plan, folder, Cell(plan.id, w.host.shop), StopFlag(), lambda _s: None)
+    outcome = conduct(w.bench, plan, folder, Cell(plan.id, w.host.shop), StopFlag())
     assert outcome.state is TrialState.VOID
     assert "not sealed" in outcome.reason
 
@@ -209,7 +220,17 @@ def test_an_open_trial_is_sealed_as_void(w: Workbench, torn: bytes) -> None:
     assert recover(w.bench) == {plan.id: ""}
     row = check_bundle(w, plan, TrialState.VOID)
     assert "ended before the trial did" in row.void_reason
+    assert (row.blame, row.started) == (Blame.LAB, None)
     assert recover(w.bench) == {}
+
+
+def test_a_run_that_was_cut_short_by_a_crash_keeps_its_start(w: Workbench) -> None:
+    plan = crashed(w)
+    with journal.Journal(w.host.paths.open_trials / plan.id / records.JOURNAL) as written:
+        began = written.write(records.STARTED).at
+    w.host.paths.database.unlink()  # lost too: the evidence is enough
+    assert recover(w.bench) == {plan.id: ""}
+    assert check_bundle(w, plan, TrialState.VOID).started == began
 
 
 @pytest.mark.parametrize("jump", [3600.0, -90_000.0])

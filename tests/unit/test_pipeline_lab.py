@@ -111,6 +111,8 @@ def test_an_abort_of_the_running_and_of_a_waiting_trial(lab: Lab, w: Workbench) 
     w.talk = [event_line("start")]
     running, waiting = lab.create_trial(ASKED).id, lab.create_trial(ASKED).id
     wait_for(lambda: lab.trial(running).state is TrialState.RUNNING)
+    assert lab.trial(running).started is not None, "while it runs"
+    assert lab.trial(waiting).started is None
     for trial in (waiting, running):
         lab.abort(trial)
     assert [ended(lab, t).state for t in (running, waiting)] == [TrialState.ABORTED] * 2

@@ -10,7 +10,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from test_score_controls import facts, replicator
 
-from appliance.errors import LabError, NotFoundError
+from appliance.errors import Blame, LabError, NotFoundError
 from appliance.evidence import bundle
 from appliance.evidence.journal import Journal, write_record
 from appliance.model import TrialState
@@ -128,11 +128,35 @@ def test_the_file_is_private_uses_wal_and_opens_again(store: Store) -> None:
     assert queries.trials(Store(store.path)).total == 1
 
 
+def test_an_index_of_the_schema_before_keeps_its_trials(store: Store) -> None:
+    columns = "id, subject, brain, scenario, policy, state, created, verdict, outcome, void_reason, bundle"
+    with store.connect():
+        pass
+    connection = sqlite3.connect(store.path)
+    for column in ("started", "blame", "hint"):
+        connection.execute(f"alter table trials drop column {column}")
+    connection.execute("delete from _sqlite_migrations where name = 'm003_ending'")
+    connection.execute(
+        f"insert into trials ({columns}, manifest_sha256, config_sha256, seed) "
+        "values (?, 'tiny', 'llm', 'replicate', 'sealed', 'void', 1.0, '', '', 'why', '', '', '', 0)",
+        [header().id],
+    )
+    connection.commit()
+    connection.close()
+    row = queries.get(Store(store.path), header().id)
+    assert (row.void_reason, row.blame, row.hint, row.started) == ("why", None, "", None)
+
+
 def test_a_file_that_is_no_database_is_a_clear_error(tmp_path: Path) -> None:
     path = tmp_path / "x.db"
     path.write_bytes(b"not a database, but long enough to look like one" * 40)
     with pytest.raises(LabError, match="reindex"):
         queries.trials(Store(path))
+
+
+def test_a_closing_record_of_fewer_words_is_read() -> None:
+    found = Closing.model_validate_json('{"state": "void", "reason": "x", "at": 1.0}')
+    assert (found.blame, found.hint, found.started) == (None, "", None)
 
 
 # --- rebuilding ----------------------------------------------------------------------------------
@@ -156,9 +180,10 @@ def make_bundle(tmp_path: Path, number: int, closing: Closing | None = None, sco
 
 def test_the_index_is_rebuilt_from_bundles_alone(tmp_path: Path, store: Store) -> None:
     make_bundle(tmp_path, 1, Closing(state=TrialState.SEALED, reason="", at=7.5))
-    make_bundle(
-        tmp_path, 2, Closing(state=TrialState.VOID, reason="reset: nonce found", at=8.5), scored=False
+    void = Closing(
+        state=TrialState.VOID, reason="no tcpdump", at=8.5, blame=Blame.HOST, hint="install it", started=7.0
     )
+    make_bundle(tmp_path, 2, void, scored=False)
     make_bundle(tmp_path, 3)
     make_bundle(tmp_path, 4, scored=False)
     report = reindex(store, tmp_path / "bundles", KEY.public_key())
@@ -166,7 +191,8 @@ def test_the_index_is_rebuilt_from_bundles_alone(tmp_path: Path, store: Store) -
     one, two, three, four = (queries.get(store, header(n).id) for n in (1, 2, 3, 4))
     assert (one.state, one.ended, one.highest, one.replicated) == (TrialState.SEALED, 7.5, 7, True)
     assert one.verdict == "replicated: rungs 0 to 7 hold on target-1"
-    assert (two.state, two.void_reason, two.highest) == (TrialState.VOID, "reset: nonce found", None)
+    assert (two.state, two.void_reason, two.highest) == (TrialState.VOID, "no tcpdump", None)
+    assert (two.blame, two.hint, two.started) == (Blame.HOST, "install it", 7.0)
     assert (three.state, four.state) == (TrialState.SEALED, TrialState.VOID)
     assert (one.bundle, len(one.manifest_sha256)) == (one.id, 64)
 
