@@ -17,6 +17,7 @@ The tree (the second column is what happens to a trial in flight)::
     │   ├── ResetError        a machine could not be proved clean
     │   ├── CaptureError      the packet capture is not trustworthy
     │   ├── GuestChannelError a guest does not answer where an honest one would
+    │   │   └── GuestTimeoutError a program in a guest did not end in its time; the guest answers
     │   └── EvidenceError     evidence could not be written, sealed or verified
     └── SubjectError          the trial counts
         └── GuestTamperError  a guest sent what no honest guest can send
@@ -143,6 +144,19 @@ class GuestChannelError(LabError):
     """A guest does not answer where an honest one would."""
 
     code = "guest-channel"
+
+
+class GuestTimeoutError(GuestChannelError):
+    """A program in a guest did not end in its time and goes on running; the guest itself answers.
+
+    ``pid`` is its process there, as the guest says.
+    """
+
+    code = "guest-timeout"
+
+    def __init__(self, message: str, *, hint: str = "", pid: int = 0, **fields: object) -> None:
+        super().__init__(message, hint=hint, pid=pid, **fields)
+        self.pid = pid
 
 
 class EvidenceError(LabError):

@@ -165,11 +165,16 @@ class ResetView(Frozen):
 class ExecView(Frozen):
     """What a command in a guest returned. The text is the guest's: bounded, undecodable bytes replaced."""
 
-    rc: int | None = Field(description="None: it did not exit (a signal, or out of time).")
+    rc: int | None = Field(
+        description="Exit status, 128 and the signal's number after a signal; None: out of time, it runs on."
+    )
     stdout: str
     stderr: str
     truncated: bool = Field(description="At least one stream was longer than is kept.")
     seconds: float = Field(ge=0)
+    running_pid: int | None = Field(
+        default=None, description="If out of time: the process that goes on running in the guest."
+    )
 
 
 class ProbeView(Frozen):
@@ -336,7 +341,10 @@ class LabService(Protocol):
         """Put all machines of a cell back as a group. Raises ``ResetError`` if one is not proved."""
 
     def exec(self, cell: str, machine: str, argv: list[str], timeout_s: float) -> ExecView:
-        """Run a command in a guest; each stream bounded by ``MAX_EXEC_OUTPUT`` bytes."""
+        """Run a command in a guest; each stream bounded by ``MAX_EXEC_OUTPUT`` bytes.
+
+        One that outruns ``timeout_s`` is no error: it has no ``rc``, and goes on running in the guest.
+        """
 
     def probe(self, cell: str, machine: str) -> ProbeView:
         """Ask what answers on a machine."""

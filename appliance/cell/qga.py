@@ -17,7 +17,7 @@ from typing import Annotated, NamedTuple, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from appliance.errors import GuestChannelError, GuestTamperError
+from appliance.errors import GuestChannelError, GuestTamperError, GuestTimeoutError
 from appliance.model import printable
 
 MAX_OUTPUT = 1 << 20
@@ -138,7 +138,8 @@ class Qga:
         """Run a program as root in the guest, by absolute path, and wait for its end.
 
         Raises:
-            GuestChannelError: the agent fell silent, or the program ran longer than ``timeout_s``.
+            GuestTimeoutError: the program ran longer than ``timeout_s``, and goes on.
+            GuestChannelError: the agent fell silent, or could not start the program.
             GuestTamperError: a reply is nothing an honest agent sends.
         """
         arguments: dict[str, object] = {"path": argv[0], "arg": list(argv[1:]), "capture-output": True}
@@ -153,7 +154,7 @@ class Qga:
             if status.exited:
                 return self._result(status)
             if self._clock() >= deadline:
-                raise GuestChannelError(
+                raise GuestTimeoutError(
                     f"{self._machine}: {printable(argv[0], 60)} ran longer than {timeout_s:.0f} s", pid=pid
                 )
             time.sleep(poll_s)

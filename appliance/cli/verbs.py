@@ -213,7 +213,11 @@ def run_in_guest(
         if view.truncated:
             note("(output was cut)")
     if view.rc is None:
-        note(f"error: {clean(shlex.join(argv), 200)} did not exit")
+        note(
+            f"error: {clean(shlex.join(argv), 200)} did not end within {timeout:g} s; "
+            f"it goes on running in {machine} as process {view.running_pid}\n"
+            "  what to do: give it more time with --timeout, or end it with `kill` or a reset"
+        )
     raise typer.Exit(OTHER if view.rc is None else view.rc & 0xFF)
 
 

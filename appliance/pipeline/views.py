@@ -117,6 +117,11 @@ def exec_view(result: GuestResult, seconds: float) -> ExecView:
     )
 
 
+def still_running_view(pid: int, seconds: float) -> ExecView:
+    """A command that outran its time. The guest's agent tells a program's output at its end only."""
+    return ExecView(rc=None, stdout="", stderr="", truncated=False, seconds=seconds, running_pid=pid)
+
+
 def trial_view(row: TrialRow, paths: Paths) -> TrialView:
     """A trial from the index."""
     return TrialView(

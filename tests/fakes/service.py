@@ -208,6 +208,8 @@ class FakeLab:
     def exec(self, cell: str, machine: str, argv: list[str], timeout_s: float) -> ExecView:
         self._enter("exec", cell, machine, argv, timeout_s)
         self._known(cell, machine)
+        if argv[0] == "sleep" and float(argv[1]) > timeout_s:
+            return ExecView(rc=None, stdout="", stderr="", truncated=False, seconds=timeout_s, running_pid=7)
         rc = int(argv[1]) if argv[0] == "exit" else 0
         return ExecView(rc=rc, stdout=" ".join(argv) + "\n", stderr="", truncated=False, seconds=0.1)
 

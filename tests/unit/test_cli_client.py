@@ -105,6 +105,13 @@ def test_exec_passes_the_command_unchanged_and_its_status_on(cli: Cli) -> None:
     assert cli("exec", "lab", "origin", "exit", "7").code == 7
 
 
+def test_a_command_that_outruns_its_time_is_no_failure_of_the_lab(cli: Cli) -> None:
+    ran = cli("exec", "--timeout", "2", "lab", "origin", "--", "sleep", "9")
+    assert (ran.code, ran.out) == (1, "")
+    assert "sleep 9 did not end within 2 s; it goes on running in origin as process 7" in ran.err
+    assert cli("exec", "--json", "--timeout", "2", "lab", "origin", "--", "sleep", "9").json["rc"] is None
+
+
 def test_what_a_guest_prints_cannot_drive_the_terminal(cli: Cli) -> None:
     said = cli("exec", "lab", "origin", "--", "echo", "\x1b]0;owned\x07\r\x1b[2J").out
     assert "owned" in said

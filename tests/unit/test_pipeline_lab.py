@@ -235,6 +235,15 @@ def test_one_request_at_a_time_for_a_machine(lab: Lab) -> None:
     assert lab.exec(cell, "origin", ["/bin/true"], 5).rc == 0
 
 
+def test_a_command_that_outruns_its_time_goes_on_in_the_guest(lab: Lab) -> None:
+    cell = lab.open_cell(CellRequest()).id
+    done = lab.exec(cell, "origin", ["/bin/sleep", "1"], 0.1)
+    assert (done.rc, done.stdout, done.stderr) == (None, "", "")
+    assert done.running_pid
+    assert 0.1 <= done.seconds < 1
+    assert lab.exec(cell, "origin", ["/bin/true"], 5).running_pid is None, "the machine is free"
+
+
 def test_a_machine_is_free_again_after_a_failure(lab: Lab) -> None:
     cell = lab.open_cell(CellRequest()).id
     for _ in range(2):

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 
 from appliance.cell import qga as module
 from appliance.cell.qga import GuestResult, Qga
-from appliance.errors import GuestChannelError, GuestTamperError
+from appliance.errors import GuestChannelError, GuestTamperError, GuestTimeoutError
 
 ANYTHING: TypeAdapter[object] = TypeAdapter(object)
 
@@ -116,8 +116,10 @@ def test_a_program_that_never_ends_is_given_up() -> None:
         "origin",
         clock=lambda: float(next(clock)),
     )
-    with pytest.raises(GuestChannelError, match="longer than 3 s"):
+    with pytest.raises(GuestTimeoutError, match="longer than 3 s") as told:
         agent.exec(["/bin/sleep", "9"], timeout_s=3, poll_s=0.001)
+    assert told.value.pid == 7
+    assert isinstance(told.value, GuestChannelError), "for whoever runs a program of ours, it is silence"
 
 
 def test_silence_is_a_channel_error_and_no_ping() -> None:
