@@ -13,6 +13,7 @@ PciAddress = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{4}:[0-9a-f]{2}
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 TRIAL_ID_PATTERN = r"^t[0-9]{8}-[0-9]{6}-[0-9a-f]{6}$"
 TrialId = Annotated[str, StringConstraints(pattern=TRIAL_ID_PATTERN)]
+MAX_PAGE = 1000  # trials that one listing returns at most
 
 
 class Frozen(BaseModel):

@@ -14,7 +14,7 @@ from api.routes import Following, Lab
 from api.schemas import Seq, TrialParameter
 from api.sse import EventStream
 from appliance.errors import CapacityError
-from appliance.model import Frozen, Name, TrialState
+from appliance.model import MAX_PAGE, Frozen, Name, TrialState
 from appliance.service import TrialPage, TrialRequest, TrialView
 from appliance.trial.records import JournalEntry
 
@@ -26,7 +26,7 @@ class TrialQuery(Frozen):
 
     state: TrialState | None = Field(default=None, description="Only trials in this state.")
     subject: Name | None = Field(default=None, description="Only trials of this subject.")
-    limit: int = Field(default=50, ge=1, le=1000, description="At most this many.")
+    limit: int = Field(default=50, ge=1, le=MAX_PAGE, description="At most this many.")
     offset: int = Field(default=0, ge=0, le=10_000_000, description="Skip this many.")
 
 

@@ -25,7 +25,7 @@ from appliance.cli.common import (
 from appliance.cli.reading import reader, trial_id
 from appliance.cli.render import outcome, trial_table, trial_text
 from appliance.errors import ConfigError, PrerequisiteError
-from appliance.model import TrialState
+from appliance.model import MAX_PAGE, TrialState
 from appliance.service import (
     BaselineKind,
     BaselineView,
@@ -242,7 +242,7 @@ def trials(
     ctx: typer.Context,
     state: Annotated[TrialState | None, typer.Option(help="Only trials in this state.")] = None,
     subject: Annotated[str | None, typer.Option(help="Only trials of this subject.")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=1000, help="At most this many.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, max=MAX_PAGE, help="At most this many.")] = 20,
     offset: Annotated[int, typer.Option(min=0, help="Skip this many.")] = 0,
     as_json: Json = False,
 ) -> None:

@@ -9,12 +9,10 @@ from typing import Any
 from pydantic import Field
 
 from appliance.errors import Blame, NotFoundError
-from appliance.model import Frozen, TrialId, TrialState
+from appliance.model import MAX_PAGE, Frozen, TrialId, TrialState
 from appliance.score.card import Scorecard
 from appliance.store.database import TRIALS, Store
 from appliance.trial.records import TrialHeader
-
-MAX_PAGE = 500
 
 
 class RungRow(Frozen):
@@ -191,7 +189,7 @@ def trials(
     offset: int = 0,
     limit: int = 50,
 ) -> TrialPage:
-    """Trials, newest first. Filters that are None or empty are not applied; ``limit`` is at most 500."""
+    """Trials, newest first. Filters that are None or empty are not applied; ``limit`` is at most 1000."""
     filters = {"subject": subject, "scenario": scenario, "policy": policy}
     given: dict[str, Any] = {k: v for k, v in filters.items() if v is not None}
     terms = [f"{k} = :{k}" for k in given]

@@ -13,7 +13,7 @@ from test_score_controls import facts, replicator
 from appliance.errors import Blame, LabError, NotFoundError
 from appliance.evidence import bundle
 from appliance.evidence.journal import Journal, write_record
-from appliance.model import TrialState
+from appliance.model import MAX_PAGE, TrialState
 from appliance.score.card import Scorecard
 from appliance.score.facts import Evidence
 from appliance.score.scoring import score
@@ -84,6 +84,13 @@ def test_filters_order_and_pages(store: Store) -> None:
     assert queries.trials(store, states=[TrialState.VOID, TrialState.SEALED], subject="tiny").total == 7
     assert len(queries.trials(store, limit=10**9).rows) == 7
     assert queries.trials(store, limit=-1).rows == ()
+
+
+def test_a_page_is_as_long_as_any_client_may_ask_for(store: Store) -> None:
+    rows = [queries.row_of(header(n), TrialState.SEALED, bundle="b") for n in range(MAX_PAGE + 5)]
+    queries.replace_sealed(store, rows)
+    for limit in (501, MAX_PAGE, MAX_PAGE + 5):
+        assert len(queries.trials(store, limit=limit).rows) == min(limit, MAX_PAGE)
 
 
 def test_many_threads_write_and_read(store: Store) -> None:
