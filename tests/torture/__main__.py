@@ -14,7 +14,7 @@ from pathlib import Path
 
 from appliance.host.paths import default_paths
 from tests.torture import build
-from tests.torture.campaign import Campaign, Result, keep, known, table
+from tests.torture.campaign import Campaign, Result, keep, known, results_file, table
 from tests.torture.disk import LoopDisk
 from tests.torture.points import DEFAULT_KINDS, Point, campaign
 from tests.torture.rig import Rig
@@ -53,10 +53,10 @@ def main() -> int:
     points = campaign(a.seed, a.count, kinds)
     wanted = {int(n) for n in a.only.split(",") if n}
     a.work.mkdir(parents=True, exist_ok=True)
-    file = a.work / f"seed-{a.seed}.jsonl"
-    if a.fresh or wanted:
+    file = results_file(a.work, a.seed, kinds, single=bool(wanted))
+    if a.fresh and not wanted:
         file.unlink(missing_ok=True)
-    results = known(file)
+    results = [] if wanted else known(file)
     done = {r.number for r in results}
     todo = [p for p in points if p.number not in done and (not wanted or p.number in wanted)]
     began = time.monotonic()
@@ -66,9 +66,11 @@ def main() -> int:
         "seed": a.seed, "kinds": kinds, "count": a.count, "done": len(results), "closing": closing,
         "seconds": round(time.monotonic() - began, 1), "points": [asdict(r) for r in results],
     }  # fmt: skip
-    (a.work / f"seed-{a.seed}.json").write_text(json.dumps(report, indent=1) + "\n")
+    file.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     say(f"\n{table(results)}\n\nat the end: {'; '.join(closing) or 'nothing is left'}")
-    say(f"{len(results)} of {a.count} points done, {faults} with faults; {file.with_suffix('.json')}")
+    say(
+        f"{len(results)} of {len(wanted) or a.count} points done, {faults} with faults; {file.with_suffix('.json')}"
+    )
     return 1 if faults else 0
 
 

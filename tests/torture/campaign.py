@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from appliance.errors import HotcellError
 from appliance.service import HealthView
 from tests.torture import actions, checks, strikes
 from tests.torture.disk import LoopDisk
-from tests.torture.points import Point
+from tests.torture.points import DEFAULT_KINDS, Point
 from tests.torture.rig import Rig
 
 # The warden has 10 s to notice a server that hangs; one that is gone it notices at once.
@@ -171,6 +172,15 @@ def table(results: list[Result]) -> str:
             f"{ends['aborted']:7} {sum(bool(r.faults) for r in own):6} {mean:8.1f}"
         )
     return "\n".join(lines)
+
+
+def results_file(work: Path, seed: int, kinds: Sequence[str], *, single: bool) -> Path:
+    """Where results go: one file a campaign, since other kinds are other points under the same numbers.
+
+    ``single`` points that are repeated have a file of their own: they are not the campaign's numbers.
+    """
+    own = "" if tuple(kinds) == DEFAULT_KINDS else "-" + "+".join(kinds)
+    return work / f"seed-{seed}{own}{'-only' if single else ''}.jsonl"
 
 
 def keep(file: Path, result: Result) -> None:
