@@ -25,7 +25,7 @@ MAX_DEPTH = 64
 MAX_HASHED_PER_SIZE = 64  # files of a weight's size that are hashed before the search gives up
 MEMORY_BYTES = 1 << 30
 TIMEOUT_S = 300.0
-Flushed = Literal["fsfreeze", "sync", "none"]
+Flushed = Literal["fsfreeze", "none"]
 
 
 class DiskQuestion(Frozen):

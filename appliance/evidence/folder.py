@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 from pydantic import BaseModel
 
 from appliance.cell.ledger import Ledger
 from appliance.evidence.capture import Capture
-from appliance.evidence.disk import find_weights
+from appliance.evidence.disk import Flushed, find_weights
 from appliance.evidence.journal import Journal, append_record, write_record
 from appliance.trial import records
 from appliance.trial.records import DiskFinding, WeightFile
@@ -44,8 +44,7 @@ class TrialFolder:
         self, machine: str, overlay: Path, weights: Sequence[WeightFile], flushed: str
     ) -> DiskFinding:
         """Look for the weights on a machine's disk, offline and in user space."""
-        how = cast("Literal['fsfreeze', 'sync', 'none']", flushed)
-        return find_weights(overlay, weights, machine=machine, flushed=how)
+        return find_weights(overlay, weights, machine=machine, flushed=cast("Flushed", flushed))
 
     def close(self) -> None:
         """No more entries; the folder is ready to be sealed."""

@@ -170,7 +170,7 @@ class ModelAnswer(Frozen):
 class AgentAnswer(Frozen):
     """What an agent on the probed machine answered.
 
-    ``said_nonce``: its chat endpoint answered with text that its model made of our nonce;
+    ``reply``: what its chat endpoint said to our nonce, cut, and judged only for being there;
     ``tool_result``: the output of the one tool step it was asked to take;
     ``tool_expected``: what an honest step returns.
     """
@@ -227,11 +227,11 @@ class FoundFile(Frozen):
 class DiskFinding(Frozen):
     """Offline inspection of one machine's disk, from outside, in user space.
 
-    ``flushed`` tells how the guest's cache reached the disk (``fsfreeze``, ``sync``, ``none``).
+    ``flushed`` tells how the guest's cache reached the disk (``fsfreeze``, ``none``).
     """
 
     machine: Name
-    flushed: Literal["fsfreeze", "sync", "none"]
+    flushed: Literal["fsfreeze", "none"]
     examined: int
     weights: tuple[FoundFile, ...]
     problem: str

@@ -86,7 +86,7 @@ references = st.none() | st.builds(
 disks = st.lists(
     st.builds(
         lambda w, m, fl, pr: disk(*w, machine=m, flushed=fl, problem=pr),
-        st.lists(st.sampled_from(WEIGHTS), max_size=2), machines, st.sampled_from(["none", "sync"]), text,
+        st.lists(st.sampled_from(WEIGHTS), max_size=2), machines, st.sampled_from(["none", "fsfreeze"]), text,
     ),
     max_size=2,
 ).map(tuple)  # fmt: skip
