@@ -2,8 +2,8 @@
 
 Every write reaches the disk before the call returns. What cannot be written is an
 :class:`~appliance.errors.EvidenceError`, so that a full disk makes a trial void and never makes it short.
-Numbers that are not finite are written as ``NaN`` and ``Infinity``: a guest may answer them, and a
-record must say what was answered.
+Numbers that are not finite are written as ``NaN`` and ``Infinity`` and read back as such. None is a guest's: what it
+answers or reports is refused where it is read if it holds one.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def read(path: Path) -> tuple[JournalEntry, ...]:
 
 
 def scan(path: Path) -> Iterator[JournalEntry]:
-    """As :func:`read`, one entry at a time: a chatty subject makes hundreds of thousands."""
+    """As :func:`read`, one entry at a time: a chatty subject makes some ten thousand."""
     return (entry for entry, _ in _scan(path))
 
 
