@@ -7,7 +7,6 @@ from appliance.cell.baseline import Baseline, DiskBaseline, RamBaseline
 from appliance.cell.cell import Cell, Renewal
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.overlay import used_bytes
-from appliance.cell.proof import Proof
 from appliance.cell.qga import GuestResult
 from appliance.host.paths import Paths
 from appliance.model import Stopped
@@ -24,7 +23,7 @@ from appliance.service import (
     TrialView,
 )
 from appliance.store.queries import TrialRow
-from appliance.trial.records import ProofCheck, ResetProof
+from appliance.trial.records import ResetProof
 
 
 def image_view(recipe: str, image: Image | None) -> ImageView:
@@ -87,21 +86,13 @@ def _held_against(baseline: Baseline) -> dict[str, str]:
     }  # fmt: skip
 
 
-def proof_record(proof: Proof) -> ResetProof:
-    """The stage's proof as the record that is kept of it."""
-    return ResetProof(
-        machine=proof.machine, incarnation=proof.incarnation, baseline=proof.baseline, seconds=proof.seconds,
-        checks=tuple(ProofCheck.model_validate(c.model_dump()) for c in proof.checks),
-    )  # fmt: skip
-
-
 def reset_view(cell: str, renewal: Renewal) -> ResetView:
     """A machine after reset."""
     return ResetView(
         cell=cell, machine=renewal.machine.name, proved=renewal.proof.proved,
         standby=not renewal.direct_because, direct_because=renewal.direct_because,
         withheld=tuple(p.failures for p in renewal.withheld),
-        answered_s=renewal.answered_s, seconds=renewal.seconds, proof=proof_record(renewal.proof),
+        answered_s=renewal.answered_s, seconds=renewal.seconds, proof=ResetProof.of(renewal.proof),
     )  # fmt: skip
 
 

@@ -6,12 +6,15 @@ Times named ``at``, ``started``, ``ended`` are Unix seconds of the *host's* cloc
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field
 
 from appliance.errors import Blame
 from appliance.model import Accelerator, Frozen, Name, Sha256, Stopped, TrialId, TrialState
+
+if TYPE_CHECKING:
+    from appliance.cell.proof import Proof
 
 TRIAL = "trial.json"  # TrialHeader, written before anything starts
 JOURNAL = "journal.jsonl"  # JournalEntry a line
@@ -109,6 +112,14 @@ class ResetProof(Frozen):
     baseline: str
     seconds: float
     checks: tuple[ProofCheck, ...]
+
+    @classmethod
+    def of(cls, proof: Proof) -> Self:
+        """The reset stage's proof as the record that is kept of it."""
+        return cls(
+            machine=proof.machine, incarnation=proof.incarnation, baseline=proof.baseline, seconds=proof.seconds,
+            checks=tuple(ProofCheck.model_validate(c.model_dump()) for c in proof.checks),
+        )  # fmt: skip
 
     @property
     def proved(self) -> bool:

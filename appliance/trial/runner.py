@@ -34,7 +34,6 @@ from appliance.trial.records import (
     Ending,
     PathCheck,
     Probe,
-    ProofCheck,
     Reference,
     ReferenceAnswer,
     ResetProof,
@@ -137,7 +136,7 @@ class TrialRun:
         )  # fmt: skip
 
     def _write_proofs(self) -> None:
-        self._s.evidence.write(records.PROOFS, [_as_record(p) for p in self._proofs])
+        self._s.evidence.write(records.PROOFS, [ResetProof.of(p) for p in self._proofs])
 
     # -- capture and preflight ------------------------------------------------------------------------
 
@@ -354,13 +353,6 @@ class TrialRun:
                 self._stream.close()
         finally:
             self._cell.close()
-
-
-def _as_record(proof: Proof) -> ResetProof:
-    return ResetProof(
-        machine=proof.machine, incarnation=proof.incarnation, baseline=proof.baseline, seconds=proof.seconds,
-        checks=tuple(ProofCheck.model_validate(c.model_dump()) for c in proof.checks),
-    )  # fmt: skip
 
 
 def _answered(result: Probe | None) -> bool:
