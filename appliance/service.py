@@ -215,7 +215,8 @@ class TrialRequest(Frozen):
     limits: LimitOverrides = LimitOverrides()
     key: Key | None = Field(
         default=None,
-        description="Repeating a request with its key returns the same trial; another body is a conflict.",
+        description="Repeating a request with its key returns the same trial; another request is a conflict. "
+        "`batch` is not compared.",
     )
     batch: Key | None = Field(
         default=None,
@@ -341,8 +342,9 @@ class LabService(Protocol):
         """Put all machines of a cell back as a group. Raises ``ResetError`` if one is not proved."""
 
     def exec(self, cell: str, machine: str, argv: list[str], timeout_s: float) -> ExecView:
-        """Run a command in a guest; each stream bounded by ``MAX_EXEC_OUTPUT`` bytes.
+        """Run a program in a guest, by path or by a name on its agent's PATH; no shell is added.
 
+        Each stream is bounded by ``MAX_EXEC_OUTPUT`` bytes.
         One that outruns ``timeout_s`` is no error: it has no ``rc``, and goes on running in the guest.
         """
 
@@ -356,7 +358,7 @@ class LabService(Protocol):
         """Stop a cell's machines and remove all that is theirs."""
 
     def create_trial(self, request: TrialRequest) -> TrialView:
-        """Queue a trial. Raises ``ConflictError`` for a known key with another body, or after ``kill``."""
+        """Queue a trial. Raises ``ConflictError`` for a known key with another request, or after ``kill``."""
 
     def trials(self, *, state: TrialState | None, subject: str | None, limit: int, offset: int) -> TrialPage:
         """Trials, newest first."""

@@ -135,7 +135,10 @@ class Qga:
         env: Sequence[str] = (),
         poll_s: float = 0.02,
     ) -> GuestResult:
-        """Run a program as root in the guest, by absolute path, and wait for its end.
+        """Run a program as root in the guest and wait for its end.
+
+        By path, or by a name that the agent looks up on its own PATH; what we run ourselves is always by
+        absolute path.
 
         Raises:
             GuestTimeoutError: the program ran longer than ``timeout_s``, and goes on.

@@ -270,7 +270,7 @@ class CellDesk:
         return [views.reset_view(cell.id, r) for r in renewals]
 
     def exec(self, cell: str, machine: str, argv: list[str], timeout_s: float) -> ExecView:
-        """Run a command in a guest, by absolute path, through the qga."""
+        """Run a program in a guest, by path or by a name on its PATH, through the qga."""
         with self._claim(cell, machine) as (_, incarnation):
             began = time.monotonic()
             try:

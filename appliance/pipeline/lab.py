@@ -163,7 +163,7 @@ class Lab:
         return self._desk.reset_all(cell)
 
     def exec(self, cell: str, machine: str, argv: list[str], timeout_s: float) -> ExecView:
-        """Run a command in a guest, by absolute path, through the qga."""
+        """Run a program in a guest, by path or by a name on its PATH, through the qga."""
         return self._desk.exec(cell, machine, argv, timeout_s)
 
     def probe(self, cell: str, machine: str) -> ProbeView:

@@ -71,14 +71,15 @@ class TrialDesk:
 
         Raises:
             NotFoundError: a subject, scenario, policy or image does not exist.
-            ConflictError: the key is known with another body, or the kill switch was thrown.
+            ConflictError: the key is known with another request, or the kill switch was thrown.
             CapacityError: its machines would not fit if nothing else of ours ran.
         """
         with self._creating:  # two requests with one key are one trial
             plan = self._plan(request)
             known = queries.by_key(self._bench.store, request.key) if request.key is not None else None
             if known is not None:
-                # The digest covers subject, scenario, policy, limits and seed: the whole of a request.
+                # The digest covers subject, scenario, policy, limits and seed: all that a trial does. A batch
+                # orders the queue only, and this one has its place.
                 if known.config_sha256 != plan.header.config_sha256:
                     raise ConflictError(
                         f"key {request.key!r} was used for another request (trial {known.id})",

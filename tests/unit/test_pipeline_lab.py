@@ -88,6 +88,7 @@ def test_a_request_with_a_key_is_one_trial(lab: Lab) -> None:
     keyed = ASKED.model_copy(update={"key": "night-1"})
     first = lab.create_trial(keyed).id
     assert lab.create_trial(keyed).id == first
+    assert lab.create_trial(keyed.model_copy(update={"batch": "b"})).id == first, "a batch only orders"
     with pytest.raises(ConflictError, match="another request"):
         lab.create_trial(keyed.model_copy(update={"seed": 9}))
     ended(lab, first)
