@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 _MAX_VALUE = 300
-_PLAIN = re.compile(r"^[\w.:/@%+,-]+$", re.ASCII)
+_PLAIN = re.compile(r"[\w.:/@%+,-]+", re.ASCII)
 _current: ContextVar[str] = ContextVar("hotcell_trial", default="")
 
 
@@ -32,7 +32,7 @@ def value(thing: object) -> str:
     """One value as ASCII: plain if it is one word, else quoted and escaped; at most 300 characters of it."""
     text = f"{thing:.3f}" if isinstance(thing, float) else str(thing)
     cut = text[:_MAX_VALUE]
-    shown = cut if _PLAIN.match(cut) else '"' + ascii(cut)[1:-1].replace('"', '\\"') + '"'
+    shown = cut if _PLAIN.fullmatch(cut) else '"' + ascii(cut)[1:-1].replace('"', '\\"') + '"'
     return shown + (f"...+{len(text) - _MAX_VALUE}" if len(text) > _MAX_VALUE else "")
 
 

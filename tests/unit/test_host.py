@@ -220,6 +220,7 @@ def test_what_the_condition_raises_is_not_waited_out() -> None:
 @pytest.mark.parametrize(
     ("given", "written"),
     [
+        ("tap0\n", r'"tap0\n"'),
         ("plain-1.2/3", "plain-1.2/3"),
         (1.23456, "1.235"),
         ("two words", '"two words"'),
