@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from appliance.cell.baseline import Workshop
 from appliance.cell.baseline.places import memory_root
 from appliance.cell.cell import Cell
@@ -63,15 +65,19 @@ def open_laboratory(paths: Paths, settings: HostSettings) -> Lab:
         paths, shop, shelf, Store(paths.database), signing_key(paths.signing_key), host_namespace, known_links,
         standbys,
     )  # fmt: skip
-    for trial, problem in recover(bench).items():
-        log.warning(
-            "trial-void", trial=trial, reason="an earlier process ended before it did", problem=problem
-        )
-        if problem:
-            log.warning("evidence-kept", folder=str(paths.open_trials / trial), hint=_NOT_SEALED)
+    tell_recovered(paths, recover(bench))
     lab = Lab(bench, settings, library, Warden(paths), cells)
     standbys.ask(lab.room_for_standby)
     return lab
+
+
+def tell_recovered(paths: Paths, recovered: Mapping[str, str]) -> None:
+    """Log what :func:`recover` did: each trial, and of one that could not be sealed where it is and what to do."""
+    for trial, problem in recovered.items():
+        log.warning("trial-void", trial=trial, reason="an earlier process ended before it did")
+        if problem:
+            folder = paths.open_trials / trial
+            log.warning("evidence-kept", folder=str(folder), reason=problem, hint=_NOT_SEALED)
 
 
 def links_of(ledger: Ledger, owners: set[str]) -> tuple[set[str], set[str]]:

@@ -23,6 +23,7 @@ from appliance.evidence import bundle, journal
 from appliance.model import TrialState
 from appliance.pipeline import conduct as module
 from appliance.pipeline.conduct import Outcome, conduct, open_folder, recover, seal_folder
+from appliance.pipeline.opening import tell_recovered
 from appliance.store import queries
 from appliance.store.reindex import row_of_bundle
 from appliance.trial import records
@@ -319,6 +320,20 @@ def test_evidence_that_cannot_be_read_is_kept_and_keeps_nothing_else(
     header.write_bytes(whole)
     assert recover(w.bench) == {odd.id: ""}, "once it can be read it is sealed"
     check_bundle(w, odd, TrialState.VOID)
+
+
+def test_the_log_says_where_evidence_is_that_could_not_be_sealed(
+    w: Workbench, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING"):
+        tell_recovered(w.host.paths, {"t1": "", "t2\n": "an answer of a disk " + "x" * 5000})
+    fine, void, kept = (r.getMessage() for r in caplog.records)
+    assert (fine.split()[:2], void.split()[0]) == (["trial-void", "trial=t1"], "trial-void")
+    assert kept.startswith(
+        f'evidence-kept folder="{w.host.paths.open_trials}/t2\\n" reason="an answer of a disk'
+    )
+    assert "every start tries again" in kept
+    assert (len(kept) < 1000, kept.isprintable()) == (True, True)
 
 
 def test_a_crash_between_sealing_and_indexing_loses_nothing(
