@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 from pydantic import BaseModel
 
+from appliance.config.agent import agent_names, check_names
 from appliance.config.reading import closest, read_toml, validate
 from appliance.config.settings import HostSettings
 from appliance.config.specs import PolicySpec, ScenarioSpec, SubjectSpec
@@ -72,7 +73,8 @@ def load_library(dirs: Sequence[Path] = (), settings: HostSettings | None = None
     ``settings.limits`` stand in for limits that a scenario of the user's does not set.
 
     Raises:
-        ConfigError: a folder, file, key or value is wrong, or a name is used twice.
+        ConfigError: a folder, file, key or value is wrong, a name is used twice, or a script, prompt or task
+            is named that the agent does not have.
     """
     host = settings or HostSettings()
     added = (*host.library_dirs, *dirs)
@@ -81,12 +83,14 @@ def load_library(dirs: Sequence[Path] = (), settings: HostSettings | None = None
     roots = (BUILT_IN, *added)
     limits = host.limits.model_dump()
     files: dict[str, Path] = {}
-    return Library(
+    library = Library(
         subjects=_load(roots, "subjects", SubjectSpec, files),
         scenarios=_load(roots, "scenarios", ScenarioSpec, files, limits=limits),
         policies=_load(roots, "policies", PolicySpec, files),
         files=files,
     )
+    check_names(library.subjects, library.scenarios, files, agent_names())
+    return library
 
 
 def _check_folder(path: Path) -> None:

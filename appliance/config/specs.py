@@ -64,6 +64,13 @@ class ScenarioSpec(Frozen):
     prompt: Name = Field("default", description="prompt variant of the agent")
     limits: TrialLimits = TrialLimits()
 
+    @field_validator("task")
+    @classmethod
+    def _says_something(cls, task: str) -> str:
+        if not task.strip():
+            raise ValueError("a text that is not blank")
+        return task
+
 
 class PolicySpec(Frozen):
     """A named set of containment measures. The seal of the cell is not among them: it is always on."""

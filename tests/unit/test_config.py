@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from agent.brains import script_names
+from agent.errors import TaskError
+from agent.prompting import load_prompt, load_task_texts
 from appliance.config import HostSettings, Library, PolicySpec, load_host_settings, load_library
+from appliance.config.agent import agent_names
 from appliance.config.reading import MAX_BYTES, read_toml
 from appliance.errors import ConfigError, NotFoundError
 
@@ -189,6 +193,12 @@ def test_host_limits_stand_in_for_those_a_scenario_leaves_out(tmp_path: Path) ->
         ("subjects/other.toml", SUBJECT, "the file's own name"),
         ("subjects/mine.toml", SUBJECT.replace('"mine"', '"Mine!"'), "text of the form"),
         ("subjects/replicator.toml", SUBJECT.replace("mine", "replicator"), "is taken by"),
+        ("subjects/mine.toml", SUBJECT.replace('"llm"', '"script:common"'), "found 'script:common'"),
+        (
+            "scenarios/mine.toml",
+            SCENARIO.replace("do it", " \\n"),
+            "`task`: found ' \\n', allowed: a text that",
+        ),
         ("scenarios/mine.toml", SCENARIO + "targets = 0\n", "greater than or equal to 1"),
         ("scenarios/mine.toml", SCENARIO + "limits = 4\n", "limits"),
         ("scenarios/mine.toml", SCENARIO + "[limits]\nwal_s = 4\n", "did you mean `wall_s`"),
@@ -200,6 +210,84 @@ def test_a_wrong_library_file_is_refused_by_name(tmp_path: Path, file: str, text
         load_library([user_dir(tmp_path, file, text)])
     assert part in str(caught.value)
     assert file in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "parts"),
+    [
+        (
+            "subjects/mine.toml",
+            SUBJECT.replace('"llm"', '"script:idel"'),
+            ["key `brain`: found 'script:idel'", "did you mean `script:idle`?", "llm, script:claimer"],
+        ),
+        (
+            "scenarios/mine.toml",
+            SCENARIO + 'prompt = "defualt"\n',
+            ["key `prompt`: found 'defualt'", "did you mean `default`?", "default, paper-v1, paper-v1-no-"],
+        ),
+        (
+            "scenarios/mine.toml",
+            SCENARIO.replace("do it", "variant:paper-2412-lgo"),
+            ["key `task`: found 'variant:paper-2412-lgo'", "did you mean `variant:paper-2412-log`?"],
+        ),
+        ("scenarios/mine.toml", SCENARIO.replace("do it", "variant: paper-2412-log"), ["key `task`"]),
+        ("scenarios/mine.toml", SCENARIO.replace("do it", "variant:"), ["key `task`: found 'variant:'"]),
+    ],
+)
+def test_what_the_agent_does_not_have_is_refused_before_a_trial(
+    tmp_path: Path, file: str, text: str, parts: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_library([user_dir(tmp_path, file, text)])
+    for part in [file, *parts, "allowed: "]:
+        assert part in str(caught.value)
+    assert caught.value.hint
+
+
+def test_every_unknown_name_is_told_at_once_and_a_long_one_cut(tmp_path: Path) -> None:
+    task = "variant:" + "x" * 3000
+    folder = user_dir(tmp_path, "scenarios/mine.toml", SCENARIO.replace("do it", task) + 'prompt = "no"\n')
+    user_dir(tmp_path, "subjects/mine.toml", SUBJECT.replace("llm", "script:no"))
+    with pytest.raises(ConfigError) as caught:
+        load_library([folder])
+    assert [line.split("key ")[1][:6] for line in caught.value.message.splitlines()] == [
+        "`brain",
+        "`promp",
+        "`task`",
+    ]
+    assert "x" * 100 not in caught.value.message
+
+
+def test_the_names_are_those_that_the_agent_resolves() -> None:
+    known = agent_names()
+    assert known.brains == ("llm", *(f"script:{n}" for n in script_names()))
+    assert known.tasks == tuple(sorted(f"variant:{n}" for n in load_task_texts()))
+    assert [load_prompt(n).variant for n in known.prompts] == list(known.prompts)
+    with pytest.raises(TaskError) as caught:
+        load_prompt("no-such")
+    assert str(caught.value).endswith(f"there are {', '.join(known.prompts)}")
+
+
+def test_every_name_of_the_agents_can_be_used(tmp_path: Path) -> None:
+    known = agent_names()
+    for n, brain in enumerate(known.brains):
+        folder = user_dir(
+            tmp_path, f"subjects/s{n}.toml", f'name = "s{n}"\nsummary = "x"\nbrain = "{brain}"\n'
+        )
+    for n, task in enumerate([*known.tasks, "text about variant:none", " variant:none"]):
+        text = f'name = "t{n}"\nsummary = "x"\ntask = "{task}"\nprompt = "{known.prompts[n % 3]}"\n'
+        folder = user_dir(tmp_path, f"scenarios/t{n}.toml", text)
+    assert load_library([folder]).scenario("t0").task == known.tasks[0]
+
+
+def test_a_broken_agent_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"tasks\.toml: cannot be read"):
+        agent_names(tmp_path)
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts/tasks.toml").write_text("")
+    (tmp_path / "prompts/mine.toml").write_text("variants = 3\n")
+    with pytest.raises(ConfigError, match=r"mine\.toml: table `variants` is missing"):
+        agent_names(tmp_path)
 
 
 def test_a_folder_that_cannot_be_a_library_is_refused(tmp_path: Path) -> None:

@@ -114,6 +114,8 @@ def test_the_library_is_read_and_a_fault_of_it_named(tmp_path: Path) -> None:
     bad = doctor.library(settings)
     assert (bad.status, bool(bad.hint)) == ("fail", True)
     assert f"{tmp_path}/subjects/mine.toml: unknown key `brian` (did you mean `brain`?)" in bad.found
+    (tmp_path / "subjects/mine.toml").write_text('name = "mine"\nsummary = "x"\nbrain = "script:no"\n')
+    assert "key `brain`: found 'script:no'" in doctor.library(settings).found
 
 
 def test_rendering_shows_needed_and_remedy_only_where_something_lacks() -> None:
