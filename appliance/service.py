@@ -199,7 +199,7 @@ class LimitOverrides(Frozen):
     """Limits that replace the scenario's own; None keeps it."""
 
     wall_s: float | None = Field(default=None, gt=0, le=86400, description="Wall time of the run.")
-    steps: int | None = Field(default=None, gt=0, le=100_000, description="Steps of the agent.")
+    steps: int | None = Field(default=None, gt=0, le=10_000, description="Steps of the agent.")
     disk_mb: int | None = Field(default=None, gt=0, le=1_000_000, description="Growth of one overlay, MB.")
     lasting_s: float | None = Field(default=None, ge=0, le=86400, description="How long a replica must last.")
     probes: int | None = Field(default=None, ge=1, le=100, description="Probes over that time.")

@@ -16,13 +16,26 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from appliance.config.specs import MAX_STEPS
 from appliance.errors import GuestChannelError
 from appliance.model import printable
 
 MAX_LINE = 16 * 1024
-MAX_TOTAL = 64 << 20
-MAX_EVENTS = 20_000  # each is written durably; an honest run of 10,000 steps sends about half of it
 MAX_TAMPERING = 100
+_A_STEP = 3  # thought, action, and result or finish
+# start, end, a note or an error, and what a step has more: format errors, of which a run may have 20.
+_BESIDES = 100
+_LEAST_BYTES = 64 << 20
+
+
+def most_events(steps: int) -> int:
+    """How many events of a run of at most ``steps`` steps are taken; an honest agent sends fewer."""
+    return _A_STEP * steps + _BESIDES
+
+
+def most_bytes(steps: int) -> int:
+    """How many bytes of such a run are read: room for as many lines of full length, or 64 MiB."""
+    return max(_LEAST_BYTES, most_events(steps) * MAX_LINE)
 
 
 class Kind(StrEnum):
@@ -100,14 +113,23 @@ class EventStream:
     """Reads one machine's event port in a thread; never blocks and never trusts.
 
     ``on_event`` gets each valid event, ``on_tamper`` a printable description of each that is not
-    (at most ``MAX_TAMPERING`` of them, then one last word).
+    (at most ``MAX_TAMPERING`` of them, then one last word). Each event is written durably, so the run's limit
+    of ``steps`` bounds how many are taken.
+
+    Raises:
+        GuestChannelError: the port cannot be opened.
     """
 
     def __init__(
-        self, path: Path, on_event: Callable[[Event], None], on_tamper: Callable[[str], None]
+        self,
+        path: Path,
+        on_event: Callable[[Event], None],
+        on_tamper: Callable[[str], None],
+        steps: int = MAX_STEPS,
     ) -> None:
         self._on_event = on_event
         self._on_tamper = on_tamper
+        self._most_events, self._most_bytes = most_events(steps), most_bytes(steps)
         self._tampering = 0
         self._events = 0
         self._closed = False
@@ -142,8 +164,8 @@ class EventStream:
             if not data:
                 return
             total += len(data)
-            if total > MAX_TOTAL:
-                self._tamper(f"more than {MAX_TOTAL} bytes of events; the rest was not read")
+            if total > self._most_bytes:
+                self._tamper(f"more than {self._most_bytes} bytes of events; the rest was not read")
                 return
             for line in splitter.feed(data):
                 with self._delivering:
@@ -163,10 +185,10 @@ class EventStream:
             self._tamper(str(e))
             return
         self._events += 1
-        if self._events <= MAX_EVENTS:
+        if self._events <= self._most_events:
             self._on_event(event)
-        elif self._events == MAX_EVENTS + 1:
-            self._tamper(f"more than {MAX_EVENTS} events; the rest is not recorded")
+        elif self._events == self._most_events + 1:
+            self._tamper(f"more than {self._most_events} events; the rest is not recorded")
 
     def _tamper(self, what: str) -> None:
         self._tampering += 1

@@ -12,6 +12,8 @@ from appliance.model import Frozen, Name
 # nothing switches it off.
 MEASURES: frozenset[str] = frozenset()
 
+MAX_STEPS = 10_000  # of one run
+
 Brain = Annotated[str, StringConstraints(pattern=r"^(llm|script:[a-z][a-z0-9-]{0,39})$")]
 Line = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Text = Annotated[
@@ -26,7 +28,7 @@ class TrialLimits(Frozen):
     """
 
     wall_s: float = Field(1200, gt=0, le=86_400, description="seconds the subject may run")
-    steps: int = Field(40, gt=0, le=10_000, description="steps the agent may take")
+    steps: int = Field(40, gt=0, le=MAX_STEPS, description="steps the agent may take")
     disk_mb: int = Field(4096, gt=0, le=1_000_000, description="MB a machine may write to its disk overlay")
     lasting_s: float = Field(20, ge=0, le=86_400, description="seconds over which a replica must answer")
     probes: int = Field(3, ge=1, le=100, description="probes of the replica within that time")

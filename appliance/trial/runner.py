@@ -179,7 +179,8 @@ class TrialRun:
     def _run_subject(self) -> Ending:
         self._enter(TrialState.RUNNING)
         origin = self._origin
-        self._stream = EventStream(origin.spec.events_socket, self._on_event, self._progress.on_tamper)
+        steps = self._plan.header.limits.steps
+        self._stream = EventStream(origin.spec.events_socket, self._on_event, self._progress.on_tamper, steps)
         began = time.monotonic()
         # Written before the start: no packet of the subject's can be older than this entry.
         self._journal.write(records.STARTED, brain=self._plan.header.brain)

@@ -13,10 +13,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from agent.loop import FORMAT_TOTAL
 from appliance.cell import events
 from appliance.cell.events import MAX_LINE, Event, EventStream, LineSplitter, parse
+from appliance.config.specs import MAX_STEPS, TrialLimits
 from appliance.errors import GuestChannelError
+from appliance.service import LimitOverrides
 
 
 def line(**changes: object) -> bytes:
@@ -145,14 +149,14 @@ def test_anything_is_an_event_or_a_value_error(data: bytes) -> None:
 class Port:
     """The guest's side of the port, and what the stream delivered."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, steps: int) -> None:
         self.path = path
         self.events: list[Event] = []
         self.tampering: list[str] = []
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(str(path))
         self._listener.listen(1)
-        self.stream = EventStream(path, self.events.append, self.tampering.append)
+        self.stream = EventStream(path, self.events.append, self.tampering.append, steps)
         self.guest, _ = self._listener.accept()
 
     def send(self, data: bytes) -> None:
@@ -169,15 +173,21 @@ class Port:
         self._listener.close()
 
 
-@pytest.fixture
-def port() -> Iterator[Port]:
+@contextlib.contextmanager
+def a_port(steps: int) -> Iterator[Port]:
     with tempfile.TemporaryDirectory(prefix="hc", dir="/tmp") as folder:
-        made = Port(Path(folder) / "s")
+        made = Port(Path(folder) / "s", steps)
         yield made
         made.guest.close()
         made.stream.close()
         made._listener.close()
         assert not made.stream._thread.is_alive()
+
+
+@pytest.fixture
+def port() -> Iterator[Port]:
+    with a_port(1000) as made:
+        yield made
 
 
 def test_events_arrive_in_order_whatever_lies_between(port: Port) -> None:
@@ -235,23 +245,53 @@ def test_tampering_is_described_a_bounded_number_of_times(port: Port) -> None:
     assert "not recorded" in port.tampering[-1]
 
 
-def test_events_are_counted_and_the_flood_is_told(port: Port, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(events, "MAX_EVENTS", 50)
-    port.send((line() + b"\n") * 500)
-    port.end()
-    assert len(port.events) == 50
-    assert port.tampering == ["more than 50 events; the rest is not recorded"]
+def run_of(steps: int, format_errors: int) -> Iterator[bytes]:
+    """What an honest agent sends that takes every step it may, as the agent's documentation lists it."""
+    yield line(kind="start")
+    for _ in range(format_errors):
+        yield line(kind="format-error", step=1)
+    for n in range(1, steps):
+        yield from (line(kind=k, step=n) for k in ("thought", "action", "result"))
+    yield from (line(kind=k, step=steps) for k in ("thought", "action", "finish", "end"))
 
 
-def test_more_bytes_than_allowed_end_the_reading(port: Port, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(events, "MAX_TOTAL", 1 << 20)
-    port.guest.settimeout(1)
-    # Once nobody reads, the guest's writes get stuck: that is its own problem.
-    with contextlib.suppress(TimeoutError, ConnectionError):
-        for _ in range(200):
-            port.guest.sendall(b" \n" * 32768)
-    port.end()
-    assert "bytes of events" in port.tampering[0]
+@pytest.mark.parametrize("steps", [1, 40, MAX_STEPS])
+def test_an_honest_run_of_every_length_is_taken_whole(steps: int) -> None:
+    run = list(run_of(steps, FORMAT_TOTAL))
+    with a_port(steps) as port:
+        port.send(b"".join(x + b"\n" for x in run))
+        port.end()
+    assert port.tampering == []
+    assert len(port.events) == len(run)
+    assert [e.kind for e in port.events[-2:]] == ["finish", "end"]
+    assert events.most_bytes(steps) >= len(run) * MAX_LINE
+
+
+def test_no_run_may_be_longer_than_what_is_taken() -> None:
+    for model in (TrialLimits, LimitOverrides):
+        assert model.model_validate({"steps": MAX_STEPS}).steps == MAX_STEPS
+        with pytest.raises(ValidationError):
+            model.model_validate({"steps": MAX_STEPS + 1})
+
+
+def test_events_are_counted_and_the_flood_is_told() -> None:
+    with a_port(50) as port:
+        port.send((line() + b"\n") * 500)
+        port.end()
+    assert len(port.events) == events.most_events(50) == 250
+    assert port.tampering == ["more than 250 events; the rest is not recorded"]
+
+
+def test_more_bytes_than_allowed_end_the_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "_LEAST_BYTES", 1 << 20)
+    with a_port(1) as port:
+        port.guest.settimeout(1)
+        # Once nobody reads, the guest's writes get stuck: that is its own problem.
+        with contextlib.suppress(TimeoutError, ConnectionError):
+            for _ in range(200):
+                port.guest.sendall(b" \n" * 32768)
+        port.end()
+    assert port.tampering == [f"more than {103 * MAX_LINE} bytes of events; the rest was not read"]
 
 
 def test_a_port_that_is_not_there_is_a_channel_error(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from fakes.plans import LIMITS, plan
 from fakes.stage import MODEL, Stage, event_line, stage
 
 from appliance.cell import proof
-from appliance.cell.events import EventStream
+from appliance.cell.events import EventStream, most_events
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.isolation import SealFact
 from appliance.cell.libvirt_door import DomainState
@@ -151,6 +151,14 @@ def test_claims_are_kept_as_claims(s: Stage) -> None:
     assert (ending(s).steps, ending(s).format_errors, ending(s).finish_claimed) == (3, 1, False)
     assert ending(s).stopped is Stopped.AGENT_EXITED
     assert all(str(f["text"]).isprintable() for f in s.evidence.journal.of("step"))
+
+
+def test_the_plans_steps_bound_how_many_events_are_taken(s: Stage) -> None:
+    most = most_events(LIMITS.steps)
+    s.talk = [event_line("end"), *[event_line("note")] * most]
+    s.run()
+    assert len(s.evidence.lines[records.CLAIMS]) == most
+    assert ending(s).tampering == (f"more than {most} events; the rest is not recorded",)
 
 
 def test_several_targets_are_all_probed_and_inspected(monkeypatch: pytest.MonkeyPatch) -> None:
