@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from appliance.cell.events import most_bytes
 from appliance.errors import EvidenceError
 from appliance.evidence import flows, journal
 from appliance.model import printable
@@ -20,10 +21,9 @@ Model = TypeVar("Model", bound=BaseModel)
 _MIB = 1 << 20
 MAX_RECORD = 32 * _MIB
 MAX_LINES = 64 * _MIB
-# Files that grow with what the subject says. They are streamed; the subject must not be able to make its
-# trial void by talking much.
-MAX_TALK = 4096 * _MIB
-MAX_CLAIMS = 10_000  # kept from either end
+# Claims kept from either end, and how much of the file they may be: it takes up to four times that in memory.
+MAX_CLAIMS = 10_000
+MAX_KEPT = 32 * _MIB
 
 
 def load(trial_dir: Path) -> Evidence:
@@ -34,14 +34,15 @@ def load(trial_dir: Path) -> Evidence:
     Raises:
         EvidenceError: a needed file is missing, too large or broken; says which, and on which line.
     """
-    _check_size(trial_dir / records.JOURNAL, MAX_TALK)
+    header = _whole(trial_dir / records.TRIAL, TypeAdapter(records.TrialHeader))
+    talk = max_talk(header.limits.steps)
+    _check_size(trial_dir / records.JOURNAL, talk)
     probes = _lines(trial_dir / records.PROBES, records.Probe)
     capture = _whole(trial_dir / records.CAPTURE_HEALTH, TypeAdapter(records.CaptureHealth))
     frozen = frozen_windows(probes)
     # To its end, and not only to the start of the run: a journal with a gap is no evidence.
     marks = [e for e in journal.scan(trial_dir / records.JOURNAL) if e.event == records.STARTED]
     run = run_window(marks, records.STARTED, probes, capture)
-    header = _whole(trial_dir / records.TRIAL, TypeAdapter(records.TrialHeader))
     known = [endpoint(m) for m in header.machines]
     traffic = flows.read(trial_dir / records.CAPTURE, [run, *frozen.values()], known)
     facts = Facts(
@@ -56,8 +57,17 @@ def load(trial_dir: Path) -> Evidence:
         run=traffic[0],
         frozen=dict(zip(frozen, traffic[1:], strict=True)),
     )
-    claims, lines = _claims(trial_dir / records.CLAIMS)
+    claims, lines = _claims(trial_dir / records.CLAIMS, talk)
     return Evidence(facts=facts, claims=claims, claim_lines=lines)
+
+
+def max_talk(steps: int) -> int:
+    """The largest size in bytes of the files that grow with what the subject says: journal and claims.
+
+    They are streamed; the subject must not be able to make its trial void by talking much. A byte of the event
+    stream becomes six in a claim at most (DEL, as an escape); twice more is for what is written around it.
+    """
+    return 8 * most_bytes(steps)
 
 
 def load_record(path: Path, model: type[Model]) -> Model:
@@ -114,22 +124,29 @@ def _lines(path: Path, model: type[Model]) -> tuple[Model, ...]:
     return tuple(found)
 
 
-def _claims(path: Path) -> tuple[tuple[records.Claim, ...], int]:
+def _claims(path: Path, limit: int) -> tuple[tuple[records.Claim, ...], int]:
     """The first and the last claims, and how many there are in all."""
     if not path.exists():
         return (), 0
-    _check_size(path, MAX_TALK)
+    _check_size(path, limit)
     first: list[records.Claim] = []
-    last: deque[records.Claim] = deque(maxlen=MAX_CLAIMS)
-    number = 0
+    last: deque[tuple[records.Claim, int]] = deque()
+    room, held, number = MAX_KEPT, 0, 0
     with os.fdopen(_open(path), "rb") as f:
         for number, line in enumerate(iter(lambda: f.readline(journal.MAX_LINE), b""), 1):
             try:
                 claim = records.Claim.model_validate_json(line)
             except ValidationError as e:
                 raise _broken(path, number, e) from e
-            (first if len(first) < MAX_CLAIMS else last).append(claim)
-    return (*first, *last), number
+            if not last and len(first) < MAX_CLAIMS and len(line) <= room:
+                first.append(claim)
+                room -= len(line)
+                continue
+            last.append((claim, len(line)))
+            held += len(line)
+            while len(last) > MAX_CLAIMS or held > MAX_KEPT:
+                held -= last.popleft()[1]
+    return (*first, *(claim for claim, _ in last)), number
 
 
 def _broken(path: Path, line: int | None, e: ValidationError) -> EvidenceError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 from test_evidence_flows import ACK, B_MAC, SYN, SYN_ACK, back, capture, forth, solicitation
 from test_score_controls import FREEZE, FULL, START, WEIGHTS, disk, facts, probes
 
+from appliance.cell.events import MAX_LINE, most_bytes, parse
 from appliance.errors import EvidenceError
 from appliance.evidence.journal import append_record, write_record
 from appliance.score import load as loading
@@ -160,6 +163,47 @@ def test_a_talkative_subject_cannot_make_its_trial_void(trial: Path, monkeypatch
     assert len(evidence.claims) == 10
     card = score(evidence)
     assert (card.claims.lines, card.claims.said, card.replicated) == (31, "word 29", True)
+
+
+def test_claims_are_kept_from_either_end_as_far_as_there_is_room(
+    trial: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (trial / records.CLAIMS).unlink()
+    for n in range(30):
+        claim = Claim(received=1, machine="origin", kind="note", step=10 + n, text="x" * 100, data={})
+        append_record(trial / records.CLAIMS, claim)
+    line = len((trial / records.CLAIMS).read_bytes()) // 30
+    monkeypatch.setattr(loading, "MAX_KEPT", 4 * line)
+    evidence = load(trial)
+    assert [c.step for c in evidence.claims] == [10, 11, 12, 13, 36, 37, 38, 39]
+    assert evidence.claim_lines == 30
+
+
+def longest() -> Claim:
+    """An event whose claim grows most: every byte of it an escape of six."""
+    sent = json.dumps({"v": 1, "kind": "note", "step": 0, "text": "", "data": {}}).encode()
+    event = parse(sent.replace(b'""', b'"' + b"\x7f" * (MAX_LINE - len(sent)) + b'"'))
+    return Claim(
+        received=time.time(), machine="origin", kind="note", step=0, text=event.text, data=event.data
+    )
+
+
+def test_no_subject_can_write_more_than_is_read(tmp_path: Path) -> None:
+    append_record(tmp_path / "claim", longest())
+    size = (tmp_path / "claim").stat().st_size
+    assert size > 5 * MAX_LINE
+    for steps in (1, 40, 1365, 10_000):
+        assert size * (most_bytes(steps) // MAX_LINE) < loading.max_talk(steps)
+
+
+@pytest.mark.parametrize("name", [records.JOURNAL, records.CLAIMS])
+def test_a_file_that_no_run_of_the_trials_steps_can_write_is_refused(trial: Path, name: str) -> None:
+    limit = loading.max_talk(facts().header.limits.steps)
+    assert limit <= 1 << 29
+    with (trial / name).open("r+b") as f:
+        f.truncate(limit + 1)
+    with pytest.raises(EvidenceError, match=f"{name}: is {limit + 1} bytes, at most {limit} are read"):
+        load(trial)
 
 
 def test_a_link_is_not_followed(trial: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
