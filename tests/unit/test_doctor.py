@@ -70,12 +70,13 @@ def test_a_good_host_is_fit_and_needs_nothing() -> None:
         ({"accelerator": None, "accelerator_problem": "no QEMU"}, "accelerator", "fail", "no QEMU"),
         ({"accelerator": KVM.model_copy(update={"chosen": None})}, "accelerator", "fail", "neither"),
         ({"cpu_flags": frozenset()}, "avx2", "fail", "no"),
-        ({"programs": {}}, "nft", "fail", "missing"),
+        ({"programs": {}}, "qemu-img", "fail", "missing"),
+        ({"programs": {}}, "nft", "warn", "missing"),
         ({"libvirt_driver": ""}, "libvirt", "fail", "no QEMU driver"),
         ({"netns_problem": "not permitted"}, "network namespaces", "fail", "not permitted"),
         ({"bridge_problem": "not supported"}, "bridge", "fail", "not supported"),
         ({"tun_problem": "no such device"}, "tap", "fail", "no such device"),
-        ({"nftables_problem": "no such file"}, "nftables rules", "fail", "no such file"),
+        ({"nftables_problem": "no such file"}, "nftables rules", "warn", "no such file"),
         ({"capture_problem": "not permitted"}, "packet capture", "fail", "not permitted"),
         ({"cache_free": 20 * GIB}, "disk of the cache", "warn", "20.0 GiB"),
         ({"cache_free": 2 * GIB}, "disk of the cache", "fail", "2.0 GiB"),
@@ -102,6 +103,15 @@ def test_a_single_fail_makes_the_host_unfit_and_is_named() -> None:
     report = DoctorReport(findings=tuple(judged(euid=1, cache_free=20 * GIB).values()))
     assert not report.fit
     assert report.summary == "this host cannot run trials yet: root"
+
+
+def test_a_host_without_nftables_runs_trials() -> None:
+    programs = {name: version for name, version in GOOD.programs.items() if name != "nft"}
+    found = judged(programs=programs, nftables_problem="nft is not installed")
+    report = DoctorReport(findings=tuple(found.values()))
+    assert report.fit
+    assert report.summary == "this host can run trials; it could do better at: nft, nftables rules"
+    assert all("containment measures" in found[name].needed for name in ("nft", "nftables rules"))
 
 
 def test_the_library_is_read_and_a_fault_of_it_named(tmp_path: Path) -> None:
