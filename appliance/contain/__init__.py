@@ -1,1 +1,1 @@
-"""Containment measures and the kill switch."""
+"""Containment measures: none yet. The kill switch is not among them: it is the pipeline's."""
