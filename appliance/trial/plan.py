@@ -13,8 +13,6 @@ from appliance.config import PolicySpec, ScenarioSpec, SubjectSpec
 from appliance.model import Accelerator, Role
 from appliance.trial.records import Limits, MachineRecord, TrialHeader, WeightFile
 
-FORMAT_RETRIES = 3
-
 
 @dataclass(frozen=True)
 class Plan:
