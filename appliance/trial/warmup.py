@@ -49,7 +49,7 @@ def warm_up(machine: Incarnation, keys: SshKeys, *, warm_model: bool, say: Say) 
         say("starting the model server (minutes under TCG)")
         _start_model(machine)
     elif role is Role.TARGET:
-        say("reading the runtime once, so that its files are in the page cache")
+        say("importing the runtime once, so that its files are in the page cache")
         # What a machine that has served a model before looks like; costs no correctness, saves minutes.
         _must(machine, ["/opt/runtime/bin/python", "-c", "import vllm.entrypoints.openai.api_server"], 400)
     _must(machine, ["/bin/sync"], 60)
