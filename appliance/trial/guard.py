@@ -117,11 +117,11 @@ class CellGuard:
 
 
 class TrialGuard:
-    """Guards a trial from its capture's start on: the capture first, the disks too once the run is over.
+    """Guards a trial from its capture's start on: the capture first, the disks too from the run on.
 
     A capture with a problem cuts the cell for good and stops the trial, which is then void: what a subject
     does unrecorded cannot be scored. A machine beyond its disk limit is cut and paused, and the trial goes on
-    and counts: that is the subject's doing. (Within the run the limit ends the run, see ``watch``.)
+    and counts: that is the subject's doing. (Within the run it ends the run too, see ``watch``.)
     """
 
     def __init__(self, cell: Cell, disk_mb: int, journal: Journal, stop: StopFlag) -> None:
@@ -142,8 +142,10 @@ class TrialGuard:
 
     def hold_disks(self) -> None:
         """Guard the disks too; machines that are beyond the limit now are held when this returns."""
-        self._holding = True
-        self._look()
+        with self._lock:
+            self._holding = True
+            if not self._guard.dismissed:
+                self._look_at_disks()
 
     def release_capture(self) -> None:
         """The capture is about to be ended; what happens to it from now on is no problem."""

@@ -185,6 +185,7 @@ class TrialRun:
         # Written before the start: no packet of the subject's can be older than this entry.
         self._journal.write(records.STARTED, brain=self._plan.header.brain)
         subject.start_agent(origin, self._plan.task_file)
+        self._guard.hold_disks()
         stopped = watch(
             self._cell.machines, origin, self._plan.header.limits, self._progress,
             lambda: subject.agent_alive(origin),

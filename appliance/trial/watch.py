@@ -22,6 +22,7 @@ from appliance.trial.stop import StopFlag
 
 _TICK_S = 0.25
 _SAMPLE_S = 2.0
+_ALIVE_S = 10.0
 _MB = 1_000_000
 
 
@@ -58,15 +59,16 @@ def decide(
         if progress.ended:
             return Stopped.FINISHED if progress.finish_claimed else Stopped.AGENT_EXITED
         steps = progress.steps
+    beyond = grown > limits.disk_mb * _MB
+    if origin is DomainState.PAUSED and beyond:
+        return Stopped.DISK_LIMIT  # paused by the guard, which holds a machine at its limit
     if origin is not DomainState.RUNNING:
         return Stopped.MACHINE_DOWN
     if elapsed_s >= limits.wall_s:
         return Stopped.TIME_LIMIT
     if steps > limits.steps:
         return Stopped.STEP_LIMIT
-    if grown > limits.disk_mb * _MB:
-        return Stopped.DISK_LIMIT
-    return None
+    return Stopped.DISK_LIMIT if beyond else None
 
 
 def take_sample(machine: Incarnation) -> Sample | None:
@@ -93,9 +95,15 @@ def watch(
     """Watch until the run is over.
 
     ``agent_alive`` is asked every few seconds and answers for the agent's process on the origin; it is the
-    guest's word, good enough to stop waiting for an agent that died without a word.
+    guest's word, good enough to stop waiting for an agent that died without a word. The guest decides how long
+    that takes, so somebody else has to hold the machines to their disk limit meanwhile.
     """
-    began, next_sample, next_alive = time.monotonic(), 0.0, 10.0
+
+    def look(elapsed: float) -> Stopped | None:
+        state = origin.state  # first: one that is found paused for what it wrote has written it by then
+        return decide(progress, limits, elapsed, max(m.written() for m in machines.values()), state)
+
+    began, next_sample, next_alive = time.monotonic(), 0.0, _ALIVE_S
     while True:
         elapsed = time.monotonic() - began
         if elapsed >= next_sample:
@@ -104,14 +112,13 @@ def watch(
                 sample = take_sample(machine)
                 if sample is not None:
                     on_sample(sample)
-        grown = max(m.written() for m in machines.values())
-        over = decide(progress, limits, elapsed, grown, origin.state)
+        over = look(elapsed)
         if over is None and elapsed >= next_alive:
-            next_alive = elapsed + 10.0
+            next_alive = elapsed + _ALIVE_S
             if not agent_alive():
                 # An end event may still be on its way through the port.
                 stop.sleep(1.0)
-                over = decide(progress, limits, elapsed, grown, origin.state) or Stopped.AGENT_EXITED
+                over = look(elapsed) or Stopped.AGENT_EXITED
         if over is not None:
             return over
         stop.sleep(_TICK_S)

@@ -27,7 +27,7 @@ from appliance.errors import (
     SealError,
 )
 from appliance.model import Stopped, TrialState
-from appliance.trial import records, runner
+from appliance.trial import records, runner, watch
 from appliance.trial.probing import probe
 from appliance.trial.records import Ending, PathCheck, Probe, Reference, ResetProof
 from appliance.trial.runner import TrialRun
@@ -367,6 +367,29 @@ def test_the_machine_that_ended_the_run_at_its_disk_limit_is_held(
     assert [f["machine"] for f in s.evidence.journal.of("disk-held")] == [name]
     assert s.events.index("disk-held") < s.events.index("stopping"), "before anybody asks the guest anything"
     assert s.host.left == []
+
+
+@pytest.mark.parametrize("name", ["origin", "target-1"])
+def test_a_guest_that_keeps_an_answer_back_is_held_to_its_disk_limit_meanwhile(
+    s: Stage, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    fill, held = fills(s, monkeypatch, name), list[tuple[DomainState, bool]]()
+    monkeypatch.setattr(watch, "_ALIVE_S", 0.0)
+
+    def silent(_origin: Incarnation) -> bool:
+        fill()
+        machine, deadline = s.cell.machine(name), time.monotonic() + 5
+        while machine.state is DomainState.RUNNING and time.monotonic() < deadline:
+            time.sleep(0.01)
+        held.append((machine.state, machine.plugged))
+        return True
+
+    monkeypatch.setattr(runner.subject, "agent_alive", silent)
+    s.talk = [event_line("start")]
+    s.run()
+    assert held == [(DomainState.PAUSED, False)]
+    assert ending(s).stopped is Stopped.DISK_LIMIT
+    assert [f["machine"] for f in s.evidence.journal.of("disk-held")] == [name]
 
 
 def test_a_machine_that_cannot_be_paused_is_killed(s: Stage, monkeypatch: pytest.MonkeyPatch) -> None:

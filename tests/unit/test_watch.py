@@ -57,6 +57,8 @@ END, FINISH = event(Kind.END), event(Kind.FINISH)
         # which of several holds
         ((FINISH, END), 200, 99_000_000, GONE, Stopped.FINISHED),
         ((), 200, 99_000_000, GONE, Stopped.MACHINE_DOWN),
+        ((), 0, 99_000_000, PAUSED, Stopped.DISK_LIMIT),
+        ((FINISH, END), 0, 99_000_000, PAUSED, Stopped.FINISHED),
         ((event(Kind.ACTION, 9),), 200, 99_000_000, RUNNING, Stopped.TIME_LIMIT),
         ((event(Kind.ACTION, 9),), 0, 99_000_000, RUNNING, Stopped.STEP_LIMIT),
     ],
@@ -126,6 +128,23 @@ def test_what_a_target_writes_counts_too(h: Host, monkeypatch: pytest.MonkeyPatc
     from appliance.cell.incarnation import Incarnation
 
     monkeypatch.setattr(Incarnation, "written", lambda m: 11_000_000 if m.name == "target-1" else 0)
+    assert watched(h)[0] is Stopped.DISK_LIMIT
+
+
+def test_a_machine_that_is_held_between_two_reads_is_no_machine_that_went_down(
+    h: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it wrote is read after its state: a guard that pauses it in between has seen it beyond its limit."""
+    from appliance.cell.incarnation import Incarnation
+
+    written = [0]
+    monkeypatch.setattr(Incarnation, "written", lambda _m: written[0])
+
+    def held(_machine: Incarnation) -> DomainState:
+        written[0] = 11_000_000
+        return PAUSED
+
+    monkeypatch.setattr(Incarnation, "state", property(held))
     assert watched(h)[0] is Stopped.DISK_LIMIT
 
 
