@@ -282,16 +282,29 @@ def test_events_are_counted_and_the_flood_is_told() -> None:
     assert port.tampering == ["more than 250 events; the rest is not recorded"]
 
 
-def test_more_bytes_than_allowed_end_the_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("talk", [b"\n" * 65536, b"x" * 65536], ids=["empty lines", "one long line"])
+def test_more_lines_or_bytes_than_a_run_can_have_end_the_reading(
+    monkeypatch: pytest.MonkeyPatch, talk: bytes
+) -> None:
     monkeypatch.setattr(events, "_LEAST_BYTES", 1 << 20)
     with a_port(1) as port:
+        port.send(line() + b"\n")
         port.guest.settimeout(1)
         # Once nobody reads, the guest's writes get stuck: that is its own problem.
         with contextlib.suppress(TimeoutError, ConnectionError):
             for _ in range(200):
-                port.guest.sendall(b" \n" * 32768)
+                port.guest.sendall(talk)
         port.end()
-    assert port.tampering == [f"more than {103 * MAX_LINE} bytes of events; the rest was not read"]
+    assert len(port.events) == 1
+    assert port.tampering == ["more lines or bytes than a run of this length has; the rest was not read"]
+
+
+def test_after_very_many_lines_that_are_no_events_an_honest_run_still_fits() -> None:
+    with a_port(40) as port:
+        port.send(b"\n" * 9_000 + b"".join(x + b"\n" for x in run_of(40, FORMAT_TOTAL)))
+        port.end()
+    assert port.tampering == []
+    assert port.events[-1].kind == "end"
 
 
 def test_a_port_that_is_not_there_is_a_channel_error(tmp_path: Path) -> None:
