@@ -83,22 +83,29 @@ def _check_size(path: Path, limit: int) -> None:
     try:
         size = path.lstat().st_size
     except OSError as e:
-        raise EvidenceError(f"{path}: cannot be read: {e.strerror or e}", path=str(path)) from e
+        raise _unreadable(path, e) from e
     if size > limit:
         raise EvidenceError(f"{path}: is {size} bytes, at most {limit} are read", path=str(path))
 
 
 def _content(path: Path, limit: int) -> bytes:
     _check_size(path, limit)
-    with os.fdopen(_open(path), "rb") as f:
-        return f.read(limit)
+    try:
+        with os.fdopen(_open(path), "rb") as f:
+            return f.read(limit)
+    except OSError as e:
+        raise _unreadable(path, e) from e
 
 
 def _open(path: Path) -> int:
     try:
         return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as e:
-        raise EvidenceError(f"{path}: cannot be read: {e.strerror or e}", path=str(path)) from e
+        raise _unreadable(path, e) from e
+
+
+def _unreadable(path: Path, error: OSError) -> EvidenceError:
+    return EvidenceError(f"{path}: cannot be read: {error.strerror or error}", path=str(path))
 
 
 def _whole(path: Path, adapter: TypeAdapter[T]) -> T:

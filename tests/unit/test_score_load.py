@@ -53,6 +53,13 @@ def trial(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_a_record_that_opens_and_cannot_be_read_is_a_fault_of_the_evidence(trial: Path) -> None:
+    (trial / records.ENDING).unlink()
+    (trial / records.ENDING).mkdir()
+    with pytest.raises(EvidenceError, match="cannot be read: Is a directory"):
+        load(trial)
+
+
 def test_what_was_written_is_what_is_scored(trial: Path) -> None:
     card = score(load(trial))
     assert card.replicated, card
