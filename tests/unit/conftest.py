@@ -9,12 +9,24 @@ from fakes.bench import FakeWarden, Workbench, workbench
 from fakes.machine import machine_spec
 from fakes.plans import WEIGHTS
 
+from appliance.host.capacity import HostCapacity
 from appliance.pipeline import cells as cells_module
+from appliance.pipeline import lab as lab_module
 from appliance.pipeline import trials as trials_module
+
+ROOMY = HostCapacity(
+    cores=64, memory_total=64 << 30, memory_available=60 << 30, disk_total=1 << 40, disk_free=900 << 30
+)
 
 
 @pytest.fixture
-def w(monkeypatch: pytest.MonkeyPatch) -> Iterator[Workbench]:
+def roomy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host with room for everything: what the tests run on, a /tmp in RAM for instance, decides nothing."""
+    monkeypatch.setattr(lab_module, "host_capacity", lambda _home: ROOMY)
+
+
+@pytest.fixture
+def w(monkeypatch: pytest.MonkeyPatch, roomy: None) -> Iterator[Workbench]:
     """A workbench whose fleet is an origin and one target."""
 
     def fleet(*_: object) -> object:

@@ -153,7 +153,7 @@ def test_run_several_as_json(cli: Cli) -> None:
         (("run", "idle", "--limit", "wall=3"), "known keys: wall_s"),
         (("run", "idle", "--limit", "steps"), "known keys"),
         (("run", "idle", "--limit", "steps=0"), "--limit steps=0"),
-        (("run", "idle", "--limit", "steps=x"), "steps=x: allowed is a whole number above 0, at most 100000"),
+        (("run", "idle", "--limit", "steps=x"), "steps=x: allowed is a whole number above 0, at most 10000"),
         (("run", "idle", "--limit", "wall_s=abc"), "wall_s=abc: allowed is a number above 0, at most 86400"),
         (("run", "idle", "--limit", "probes=0"), "allowed is a whole number at least 1, at most 100"),
         (("run", "idle", "--seed", "99999999999"), "equal to 2147483647"),

@@ -26,7 +26,7 @@ SETTINGS = HostSettings.model_validate(
 
 
 @pytest.fixture
-def w(monkeypatch: pytest.MonkeyPatch) -> Iterator[Workbench]:
+def w(monkeypatch: pytest.MonkeyPatch, roomy: None) -> Iterator[Workbench]:
     machines = (machine_spec("origin"), machine_spec("target-1"))
     monkeypatch.setattr(cells_module, "machines_for", lambda *_: (machines, WEIGHTS))
     with workbench(monkeypatch) as made:
@@ -56,10 +56,8 @@ def test_one_is_described(lab: Lab, w: Workbench) -> None:
     cold = publish_one(w.host, "cold", kind="disk")
     assert cold.expected.boot_id in lab.baseline("cold").held_against["boot id"]
     assert [b.name for b in lab.baselines() if b.name in {"first", "second", "cold"}] == [
-        "first",
-        "second",
-        "cold",
-    ]
+        "cold", "first", "second",
+    ], "made at one moment, so by name"  # fmt: skip
 
 
 def test_what_an_open_cell_uses_stays_until_it_is_closed(lab: Lab, w: Workbench) -> None:

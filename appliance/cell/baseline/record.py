@@ -218,10 +218,10 @@ def read(folder: Path) -> Baseline | None:
 
 
 def read_all(paths: Paths) -> list[Baseline]:
-    """Every baseline of a home that can be read, oldest first."""
+    """Every baseline of a home that can be read, oldest first; those of one moment by their names."""
     records = paths.baselines.glob(f"*/{RECORD}")
     found = (read(path.parent) for path in records if not path.parent.name.startswith("."))
-    return sorted((b for b in found if b), key=lambda b: b.created)
+    return sorted((b for b in found if b), key=lambda b: (b.created, b.id))
 
 
 def find(paths: Paths, machine: str, key: str) -> Baseline | None:
