@@ -139,7 +139,8 @@ def a_paused_machine_is_silent_and_comes_back(machine: Incarnation) -> None:
     assert machine.state is DomainState.PAUSED
     assert not machine.qga.ping(timeout_s=1)
     machine.resume()
-    assert machine.state is DomainState.RUNNING
+    state: DomainState = machine.state
+    assert state is DomainState.RUNNING
     machine.wait_for_agent(30)
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes.namespace import in_child, leave
 
 from appliance.cell import processes
 from appliance.cell.ledger import Kind, Ledger, Thing
@@ -24,6 +23,7 @@ from appliance.errors import CaptureError
 from appliance.evidence import flows
 from appliance.evidence.capture import KNOWN_ETHERTYPE, Capture
 from appliance.host import command
+from tests.fakes.namespace import in_child, leave
 
 pytestmark = [
     pytest.mark.vm,

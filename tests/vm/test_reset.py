@@ -8,7 +8,7 @@ import time
 import pytest
 
 from appliance.cell import baseline as saved
-from appliance.cell.baseline import Baseline, Workshop, check_files, prove
+from appliance.cell.baseline import RamBaseline, Workshop, check_files, prove
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.overlay import create_overlay
 from appliance.cell.proof import Expected, guest_checks, guest_facts, host_checks
@@ -21,7 +21,7 @@ CHECKS = 11
 
 
 def test_a_restored_machine_is_proved_and_answers(
-    open_cell: OpenCell, baselines: dict[str, Baseline]
+    open_cell: OpenCell, baselines: dict[str, RamBaseline]
 ) -> None:
     cell = open_cell("origin", "target-1", plug=False)
     machine = cell.machine("origin")
@@ -37,7 +37,7 @@ def test_a_restored_machine_is_proved_and_answers(
 
 
 def test_reset_takes_back_files_memory_and_processes(
-    open_cell: OpenCell, baselines: dict[str, Baseline]
+    open_cell: OpenCell, baselines: dict[str, RamBaseline]
 ) -> None:
     cell = open_cell("origin")
     dirty = cell.machine("origin")
@@ -54,7 +54,7 @@ def test_reset_takes_back_files_memory_and_processes(
     assert b"sleep" not in clean.qga.exec(["/bin/ps", "-eo", "comm"]).stdout
 
 
-def test_an_extra_process_is_noticed(open_cell: OpenCell, baselines: dict[str, Baseline]) -> None:
+def test_an_extra_process_is_noticed(open_cell: OpenCell, baselines: dict[str, RamBaseline]) -> None:
     machine = open_cell("origin").machine("origin")
     machine.qga.start(["/usr/bin/setsid", "-f", "/bin/sleep", "10000"])
     time.sleep(1)
@@ -70,7 +70,7 @@ def failures(machine: Incarnation, expected: Expected) -> set[str]:
     return {c.name for c in checks if not c.passed}
 
 
-def test_a_swapped_overlay_is_noticed(open_cell: OpenCell, baselines: dict[str, Baseline]) -> None:
+def test_a_swapped_overlay_is_noticed(open_cell: OpenCell, baselines: dict[str, RamBaseline]) -> None:
     machine = open_cell("origin", plug=False).machine("origin")
     aside = machine.spec.overlay.with_suffix(".aside")
     machine.spec.overlay.rename(aside)
@@ -79,13 +79,13 @@ def test_a_swapped_overlay_is_noticed(open_cell: OpenCell, baselines: dict[str, 
     assert {"overlay is the file made for this incarnation", "QEMU has this overlay open"} <= failed
 
 
-def test_another_backing_file_is_noticed(open_cell: OpenCell, baselines: dict[str, Baseline]) -> None:
+def test_another_backing_file_is_noticed(open_cell: OpenCell, baselines: dict[str, RamBaseline]) -> None:
     machine = open_cell("origin", plug=False).machine("origin")
     failed = failures(machine, baselines["target-1"].expected)
     assert {"backing chain", "boot id is the baseline's", "baseline RAM is mapped privately"} <= failed
 
 
-def test_a_machine_is_proved_once(open_cell: OpenCell, baselines: dict[str, Baseline]) -> None:
+def test_a_machine_is_proved_once(open_cell: OpenCell, baselines: dict[str, RamBaseline]) -> None:
     """Nobody waits in it any more to be asked: what ran once is not shown to be clean again."""
     machine = open_cell("origin", plug=False).machine("origin")
     assert not prove(machine, baselines["origin"], time.monotonic()).proved
@@ -93,7 +93,7 @@ def test_a_machine_is_proved_once(open_cell: OpenCell, baselines: dict[str, Base
 
 @pytest.mark.parametrize("part", [saved.RAM, saved.STATE, saved.DISK])
 def test_one_changed_byte_of_a_baseline_is_noticed_before_use(
-    part: str, shop: Workshop, baselines: dict[str, Baseline]
+    part: str, shop: Workshop, baselines: dict[str, RamBaseline]
 ) -> None:
     original = baselines["world"]
     folder = original.folder.with_name(f"copy-{part}")
@@ -114,7 +114,7 @@ def test_one_changed_byte_of_a_baseline_is_noticed_before_use(
         shutil.rmtree(folder)
 
 
-def test_a_failed_proof_withholds_the_machine(open_cell: OpenCell, baselines: dict[str, Baseline]) -> None:
+def test_a_failed_proof_withholds_the_machine(open_cell: OpenCell, baselines: dict[str, RamBaseline]) -> None:
     cell = open_cell("origin", plug=False)
     wrong = baselines["target-1"].model_copy(
         update={"expected": baselines["target-1"].expected.model_copy(update={"nonce": "another"})}
@@ -126,7 +126,7 @@ def test_a_failed_proof_withholds_the_machine(open_cell: OpenCell, baselines: di
 
 
 def test_ten_resets_leave_nothing_behind(
-    open_cell: OpenCell, baselines: dict[str, Baseline], shop: Workshop
+    open_cell: OpenCell, baselines: dict[str, RamBaseline], shop: Workshop
 ) -> None:
     cell = open_cell("origin")
     before = len(shop.ledger.things())
@@ -137,7 +137,7 @@ def test_ten_resets_leave_nothing_behind(
 
 
 def test_two_clones_of_one_baseline_draw_different_random_numbers(
-    open_cell: OpenCell, baselines: dict[str, Baseline]
+    open_cell: OpenCell, baselines: dict[str, RamBaseline]
 ) -> None:
     drawn = set()
     for _ in range(3):
@@ -147,7 +147,7 @@ def test_two_clones_of_one_baseline_draw_different_random_numbers(
     assert len(drawn) == 3
 
 
-def test_the_clock_is_right_after_a_reset(open_cell: OpenCell, baselines: dict[str, Baseline]) -> None:
+def test_the_clock_is_right_after_a_reset(open_cell: OpenCell, baselines: dict[str, RamBaseline]) -> None:
     machine = open_cell("origin").machine("origin")
     before = time.time()
     told = float(machine.qga.exec(["/bin/date", "+%s.%N"]).text)

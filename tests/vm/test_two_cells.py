@@ -7,7 +7,6 @@ import json
 import secrets
 
 import pytest
-from fakes.namespace import master_of
 
 from appliance.cell.baseline import Baseline, Workshop
 from appliance.cell.cell import Cell
@@ -16,6 +15,7 @@ from appliance.cell.isolation import examine, paths_from_all
 from appliance.cell.libvirt_door import DomainState
 from appliance.host.clock import wait_until
 from appliance.pipeline.opening import links_of
+from tests.fakes.namespace import master_of
 from tests.vm.conftest import OpenCell
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(400)]
