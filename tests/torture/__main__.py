@@ -33,7 +33,9 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--count", type=int, default=200, help="how many points (default 200)")
     p.add_argument("--kinds", default=",".join(DEFAULT_KINDS), help="who is struck, separated by commas")
     p.add_argument("--only", default="", help="numbers of single points to repeat, separated by commas")
-    p.add_argument("--work", type=Path, default=Path("/tmp/hctorture"), help="a folder of the campaign's own")
+    p.add_argument(
+        "--work", type=Path, default=Path("/var/tmp/hctorture"), help="a folder of the campaign's own"
+    )
     p.add_argument(
         "--fresh", action="store_true", help="forget earlier results instead of going on from them"
     )

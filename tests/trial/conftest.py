@@ -30,7 +30,8 @@ from appliance.trial.records import JournalEntry
 def home() -> Iterator[Paths]:
     """A sealed process and a short home of the session's own, with the real image cache."""
     seal_process()
-    folder = Path(f"/tmp/hctr{secrets.token_hex(3)}")
+    # Not /tmp, which may be RAM: images of machines are gigabytes. Short, for unix sockets lie below it.
+    folder = Path(f"/var/tmp/hctr{secrets.token_hex(3)}")
     paths = default_paths(home=folder).make()
     yield paths
     assert not any(paths.cells.iterdir()), "machines' folders were left"

@@ -40,7 +40,8 @@ def sealed() -> int:
 @pytest.fixture(scope="session")
 def vm_paths() -> Iterator[Paths]:
     """A short home of this session; the images come from the real cache."""
-    home = Path(f"/tmp/hcvm{secrets.token_hex(3)}")
+    # Not /tmp, which may be RAM: images of machines are gigabytes. Short, for unix sockets lie below it.
+    home = Path(f"/var/tmp/hcvm{secrets.token_hex(3)}")
     yield default_paths(home=home).make()
     shutil.rmtree(home)
 
