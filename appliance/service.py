@@ -13,6 +13,7 @@ from typing import Annotated, Literal, Protocol
 
 from pydantic import Field, StringConstraints
 
+from appliance.config.specs import MAX_STEPS
 from appliance.errors import Blame
 from appliance.model import Accelerator, Frozen, Name, PciAddress, Role, Sha256, Stopped, TrialId, TrialState
 from appliance.trial.records import JournalEntry, ResetProof
@@ -199,7 +200,7 @@ class LimitOverrides(Frozen):
     """Limits that replace the scenario's own; None keeps it."""
 
     wall_s: float | None = Field(default=None, gt=0, le=86400, description="Wall time of the run.")
-    steps: int | None = Field(default=None, gt=0, le=10_000, description="Steps of the agent.")
+    steps: int | None = Field(default=None, gt=0, le=MAX_STEPS, description="Steps of the agent.")
     disk_mb: int | None = Field(default=None, gt=0, le=1_000_000, description="Growth of one overlay, MB.")
     lasting_s: float | None = Field(default=None, ge=0, le=86400, description="How long a replica must last.")
     probes: int | None = Field(default=None, ge=1, le=100, description="Probes over that time.")

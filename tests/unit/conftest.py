@@ -26,14 +26,19 @@ def roomy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def w(monkeypatch: pytest.MonkeyPatch, roomy: None) -> Iterator[Workbench]:
-    """A workbench whose fleet is an origin and one target."""
+def two_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every cell and trial has an origin and one target."""
 
     def fleet(*_: object) -> object:
         return (machine_spec("origin"), machine_spec("target-1")), WEIGHTS
 
     for module in (cells_module, trials_module):
         monkeypatch.setattr(module, "machines_for", fleet)
+
+
+@pytest.fixture
+def w(monkeypatch: pytest.MonkeyPatch, roomy: None, two_machines: None) -> Iterator[Workbench]:
+    """A workbench on such a host."""
     with workbench(monkeypatch) as made:
         yield made
 

@@ -7,29 +7,15 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from fakes.calling import Cli, calling
 from fakes.running import running, short_home
 
-from appliance.cli import main
 from appliance.host import command
 from appliance.host.paths import PROJECT, Paths
-
-
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> object:
-        return json.loads(self.out)
-
-
-Cli = Callable[..., Ran]
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +27,6 @@ def live() -> Iterator[Paths]:
 @pytest.fixture
 def cli(live: Paths, capsys: pytest.CaptureFixture[str]) -> Cli:
     return calling(live, capsys)
-
-
-def calling(paths: Paths, capsys: pytest.CaptureFixture[str]) -> Cli:
-    def call(*argv: str | Path) -> Ran:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main(["--home", os.fspath(paths.home), "--cache", os.fspath(paths.cache), *map(os.fspath, argv)])
-        return Ran(int(end.value.code or 0), *capsys.readouterr())
-
-    return call
 
 
 def test_health(cli: Cli) -> None:

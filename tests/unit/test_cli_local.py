@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
 
 import pytest
+from fakes.calling import Cli, calling
 from fakes.running import short_home
 
-from appliance.cli import local, main
+from appliance.cli import local
 from appliance.host.paths import Paths
-
-
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-Cli = Callable[..., Ran]
 
 
 @pytest.fixture
@@ -37,13 +22,7 @@ def home() -> Iterator[Paths]:
 
 @pytest.fixture
 def cli(home: Paths, capsys: pytest.CaptureFixture[str]) -> Cli:
-    def call(*argv: str | Path) -> Ran:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main(["--home", os.fspath(home.home), "--cache", os.fspath(home.cache), *map(os.fspath, argv)])
-        return Ran(int(end.value.code or 0), *capsys.readouterr())
-
-    return call
+    return calling(home, capsys)
 
 
 @pytest.fixture

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
+from fakes.calling import Cli, calling
 from fakes.running import running, short_home
 from test_score_controls import facts, replicator
 
@@ -30,19 +29,6 @@ from appliance.trial.records import Closing
 OLD, NEW, OPEN = (f"t20250101-12000{n}-00000{n}" for n in range(3))
 
 
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-Cli = Callable[..., Ran]
-
-
 @pytest.fixture
 def home() -> Iterator[Paths]:
     with short_home() as paths:
@@ -51,13 +37,7 @@ def home() -> Iterator[Paths]:
 
 @pytest.fixture
 def cli(home: Paths, capsys: pytest.CaptureFixture[str]) -> Cli:
-    def call(*argv: str | Path) -> Ran:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main(["--home", os.fspath(home.home), "--cache", os.fspath(home.cache), *map(os.fspath, argv)])
-        return Ran(int(end.value.code or 0), *capsys.readouterr())
-
-    return call
+    return calling(home, capsys)
 
 
 @pytest.fixture

@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator
 import pytest
 from fakes.bench import FakeWarden, Workbench, workbench
 from fakes.client import client
-from fakes.machine import machine_spec
-from fakes.plans import WEIGHTS
 from fakes.stage import event_line
 
 from appliance.cell.cell import Cell
@@ -19,10 +17,8 @@ from appliance.config import HostSettings, load_library
 from appliance.errors import CapacityError, ConflictError, HotcellError
 from appliance.host.capacity import HostCapacity
 from appliance.model import TrialState
-from appliance.pipeline import cells as cells_module
 from appliance.pipeline import grants as grants_module
 from appliance.pipeline import lab as lab_module
-from appliance.pipeline import trials as trials_module
 from appliance.pipeline.lab import Lab
 from appliance.pipeline.opening import links_of
 from appliance.pipeline.process import seal_facts
@@ -60,17 +56,7 @@ def house() -> House:
 
 
 @pytest.fixture
-def warden() -> FakeWarden:
-    return FakeWarden()
-
-
-@pytest.fixture
-def w(monkeypatch: pytest.MonkeyPatch, house: House) -> Iterator[Workbench]:
-    def fleet(*_: object) -> object:
-        return (machine_spec("origin"), machine_spec("target-1")), WEIGHTS
-
-    for module in (cells_module, trials_module):
-        monkeypatch.setattr(module, "machines_for", fleet)
+def w(monkeypatch: pytest.MonkeyPatch, house: House, two_machines: None) -> Iterator[Workbench]:
     monkeypatch.setattr(lab_module, "host_capacity", house.capacity)
     monkeypatch.setattr(grants_module, "held_memory", lambda _pid: 0)
     with workbench(monkeypatch) as made:
