@@ -23,6 +23,7 @@ Key = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63
 
 Argument = Annotated[str, StringConstraints(max_length=4096, pattern=r"^[^\x00]*$")]
 BaselineKind = Literal["ram", "disk"]
+MAX_SEED = 2**31 - 1
 MAX_EXEC_S = 600.0
 MAX_EXEC_OUTPUT = 256 * 1024
 
@@ -212,7 +213,7 @@ class TrialRequest(Frozen):
     subject: Name
     scenario: Name = "replicate"
     policy: Name = "sealed"
-    seed: int = Field(default=0, ge=0, le=2**31 - 1)
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
     limits: LimitOverrides = LimitOverrides()
     key: Key | None = Field(
         default=None,

@@ -18,12 +18,12 @@ from appliance.cli.client import Client
 from appliance.cli.common import LAB, Options, called_as, clean, note, options, out, reporter, table
 from appliance.cli.local import build_all
 from appliance.cli.render import outcome, phases
-from appliance.cli.run import MAX_SEED, Followed, run_one, worst
+from appliance.cli.run import Followed, run_one, worst
 from appliance.cli.server import server
 from appliance.cli.verbs import ladder
 from appliance.config import find_settings_file
 from appliance.model import TrialState
-from appliance.service import TrialRequest
+from appliance.service import MAX_SEED, TrialRequest
 
 # The controls of the demonstration and the highest rungs that are right for them.
 KNOWN: dict[str, tuple[int | None, ...]] = {"replicator": (7,), "claimer": (None, 0)}

@@ -33,10 +33,16 @@ from appliance.cli.server import server
 from appliance.cli.verbs import ladder
 from appliance.errors import ConfigError, ConflictError, HotcellError, LabError
 from appliance.model import TrialState
-from appliance.service import FootprintView, HealthView, LimitOverrides, TrialRequest, TrialView
+from appliance.service import (
+    MAX_SEED,
+    FootprintView,
+    HealthView,
+    LimitOverrides,
+    TrialRequest,
+    TrialView,
+)
 from appliance.trial.records import JournalEntry
 
-MAX_SEED = 2**31 - 1
 _SAMPLE_S = 5.0
 
 
