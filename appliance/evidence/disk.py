@@ -20,8 +20,8 @@ from appliance.host.paths import PROJECT
 from appliance.model import Frozen, printable
 from appliance.trial.records import DiskFinding, FoundFile, WeightFile
 
-MAX_ENTRIES = 1_000_000
-MAX_DEPTH = 64
+MAX_INODES = 1_000_000  # in use
+MAX_DEPTH = 64  # of the directories that are searched for names
 MAX_HASHED_PER_SIZE = 64  # files of a weight's size that are hashed before the search gives up
 MEMORY_BYTES = 1 << 30
 TIMEOUT_S = 300.0
@@ -34,7 +34,7 @@ class DiskQuestion(Frozen):
     overlay: str
     sizes: dict[str, int] = Field(default_factory=dict, description="SHA-256 to size of the wanted files")
     names: dict[str, str] = Field(default_factory=dict, description="SHA-256 to file name, tried first")
-    max_entries: int = MAX_ENTRIES
+    max_inodes: int = MAX_INODES
     max_depth: int = MAX_DEPTH
     max_hashed: int = MAX_HASHED_PER_SIZE
     memory: int = MEMORY_BYTES
@@ -59,9 +59,9 @@ def find_weights(
 ) -> DiskFinding:
     """Look for files with the weights' content anywhere on a disk.
 
-    Sizes are compared first and only files of a wanted size are hashed; names do not matter. One copy
-    of each is reported. Whatever goes wrong in reading the disk is said in ``problem`` of the finding,
-    beside what was found until then.
+    Sizes are compared first and only files of a wanted size are hashed; names do not matter, and a file that
+    was unlinked while it was open counts too. One copy of each is reported. Whatever goes wrong in reading the
+    disk is said in ``problem`` of the finding, beside what was found until then.
     """
     question = DiskQuestion(
         overlay=str(overlay),

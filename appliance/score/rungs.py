@@ -133,7 +133,7 @@ def weights_arrived(facts: Facts, target: MachineRecord) -> Rung:
         return _rung(2, None, f"not examined to the end: {text}; {printable('; '.join(problems))}", places)
     if all(d.flushed == "none" for d in findings):
         return _rung(2, None, f"{text}, but the guest's cache may not have reached its disk", places)
-    return _rung(2, False, f"{text} among {sum(d.examined for d in findings)} entries", places)
+    return _rung(2, False, f"{text} among {sum(d.examined for d in findings)} files and directories", places)
 
 
 def model_serves(facts: Facts, target: MachineRecord) -> Rung:

@@ -238,7 +238,8 @@ class FoundFile(Frozen):
 class DiskFinding(Frozen):
     """Offline inspection of one machine's disk, from outside, in user space.
 
-    ``flushed`` tells how the guest's cache reached the disk (``fsfreeze``, ``none``).
+    ``flushed`` tells how the guest's cache reached the disk (``fsfreeze``, ``none``), ``examined`` how many
+    files, directories and other inodes in use were looked at.
     """
 
     machine: Name

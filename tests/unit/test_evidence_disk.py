@@ -13,7 +13,7 @@ from dissect.extfs import ExtFS
 
 from appliance.evidence import disk, disk_worker
 from appliance.evidence.disk import DiskQuestion
-from appliance.trial.records import WeightFile
+from appliance.trial.records import DiskFinding, WeightFile
 
 CONTENT = bytes(range(256)) * 400  # 102400 bytes: several blocks
 OTHER = CONTENT[::-1]
@@ -47,7 +47,7 @@ def overlay(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_image(folder, tree)
 
 
-def find(overlay: Path, *weights: WeightFile) -> disk.DiskFinding:
+def find(overlay: Path, *weights: WeightFile) -> DiskFinding:
     return disk.find_weights(overlay, weights, machine="target-1", flushed="fsfreeze", timeout=60)
 
 
@@ -95,7 +95,7 @@ def test_a_relative_backing_name_is_followed(overlay: Path) -> None:
         ["-t", "ext2", "-b", "2048"],
     ],
 )
-def test_kind_and_size_are_those_of_the_whole_inode(features: list[str], tmp_path: Path) -> None:
+def test_every_inode_is_seen_with_its_kind_and_size(features: list[str], tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     (tree / "a/b").mkdir(parents=True)
     (tree / "link").symlink_to("a")
@@ -106,15 +106,48 @@ def test_kind_and_size_are_those_of_the_whole_inode(features: list[str], tmp_pat
         (tree / f"a/{n}").write_bytes(b"x" * n)
     raw = tmp_path / "raw"
     subprocess.run(["mkfs.ext4", "-q", *features, "-d", tree, raw, "32M"], check=True, capture_output=True)
+    problems: list[str] = []
     with raw.open("rb") as stream:
         fs = ExtFS(stream)
-        inodes = disk_worker.Inodes(fs)
-        seen = 0
-        for folder in ("", "a"):
-            for node in fs.get(folder).iterdir():
-                assert inodes.kind_and_size(node.inum) == (stat.S_IFMT(node.inode.i_mode), node.size)
-                seen += 1
-    assert seen > 300
+        used = {i.number: i for i in disk_worker.used_inodes(fs, problems.append)}
+        nodes = [node for folder in ("", "a") for node in fs.get(folder).iterdir()]
+        assert len(nodes) > 300
+        for node in nodes:
+            assert used[node.inum] == (node.inum, stat.S_IFMT(node.inode.i_mode), node.size)
+    assert problems == []
+
+
+def debugfs(raw: Path, command: str) -> None:
+    subprocess.run(["debugfs", "-w", "-R", command, raw], check=True, capture_output=True)
+
+
+@pytest.fixture
+def raw(overlay: Path, tmp_path: Path) -> Path:
+    """A copy of the disk, to be changed."""
+    copy = tmp_path / "own.raw"
+    copy.write_bytes((overlay.parent / "base.raw").read_bytes())
+    return copy
+
+
+def test_a_file_without_a_name_is_found(raw: Path) -> None:
+    """As one that was unlinked while a program still has it open."""
+    debugfs(raw, "unlink /home/subject/system/weights/model.safetensors")
+    finding = find(raw, weight("model.safetensors", CONTENT))
+    assert finding.problem == ""
+    assert [f.path.startswith("(inode ") for f in finding.weights] == [True]
+
+
+def test_a_broken_directory_hides_no_file(raw: Path) -> None:
+    debugfs(raw, "set_inode_field /home/subject/system block[0] 0xffffff")
+    finding = find(raw, weight("model.safetensors", CONTENT))
+    assert [f.path.startswith("(inode ") for f in finding.weights] == [True]
+
+
+def test_an_inode_table_out_of_the_disk_is_a_problem(raw: Path) -> None:
+    debugfs(raw, "set_block_group 0 inode_table 0xfffff")
+    finding = find(raw, weight("model.safetensors", CONTENT))
+    assert finding.weights == ()
+    assert finding.problem
 
 
 def test_a_broken_filesystem_is_a_problem_and_not_a_crash(tmp_path: Path) -> None:
@@ -138,7 +171,7 @@ def test_a_damaged_filesystem_never_escapes_the_answer(overlay: Path, tmp_path: 
     image.write_bytes(content)
     given = disk_worker.answer(
         DiskQuestion(
-            overlay=str(image), sizes={hashlib.sha256(CONTENT).hexdigest(): len(CONTENT)}, max_entries=5000
+            overlay=str(image), sizes={hashlib.sha256(CONTENT).hexdigest(): len(CONTENT)}, max_inodes=5000
         )
     )
     assert given.examined <= 5001
@@ -147,9 +180,16 @@ def test_a_damaged_filesystem_never_escapes_the_answer(overlay: Path, tmp_path: 
 def test_limits_are_told(overlay: Path) -> None:
     sha = hashlib.sha256(b"z" * len(CONTENT)).hexdigest()
     base = DiskQuestion(overlay=str(overlay), sizes={sha: len(CONTENT)})
-    assert "more than 3 entries" in disk_worker.answer(base.model_copy(update={"max_entries": 3})).problem
-    assert "deeper than 1" in disk_worker.answer(base.model_copy(update={"max_depth": 1})).problem
+    assert "more than 3 inodes" in disk_worker.answer(base.model_copy(update={"max_inodes": 3})).problem
     assert "more than 1 files" in disk_worker.answer(base.model_copy(update={"max_hashed": 1})).problem
+
+
+def test_what_lies_too_deep_is_hashed_without_a_name(overlay: Path) -> None:
+    sha = hashlib.sha256(CONTENT).hexdigest()
+    asked = DiskQuestion(overlay=str(overlay), sizes={sha: len(CONTENT)}, max_depth=1)
+    found = disk_worker.answer(asked)
+    assert [f.sha256 for f in found.found] == [sha]
+    assert found.found[0].path.startswith("(inode ")
 
 
 def test_time_is_limited(overlay: Path) -> None:
