@@ -22,7 +22,6 @@ from appliance.cli.app import _VERBS, app
 from appliance.cli.bundle import unpack
 from appliance.cli.common import called_as, clean, exit_code, pairs, table
 from appliance.cli.render import describe, journal_line, phases
-from appliance.cli.run import MAX_SEED
 from appliance.errors import (
     CapacityError,
     ConfigError,
@@ -35,7 +34,7 @@ from appliance.errors import (
 )
 from appliance.host import command
 from appliance.host.paths import PROJECT, Paths
-from appliance.service import FootprintView, TrialRequest
+from appliance.service import MAX_SEED, FootprintView, TrialRequest
 from appliance.trial.records import JournalEntry
 
 NO_DATA = {"serve", "demo", "bundle"}  # docs/command-line.md names them
