@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import concurrent.futures
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 from appliance.cell.baseline import Baseline
-from appliance.cell.cell import Cell
+from appliance.cell.cell import Cell, Renewal
 from appliance.cell.events import Event, EventStream
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.isolation import SealFact, paths_from_all, require_sealed
-from appliance.cell.libvirt_door import DomainState
 from appliance.cell.proof import Proof
 from appliance.errors import GuestChannelError, GuestTamperError, HotcellError, LabError, SealError
 from appliance.model import Role, Stopped, TrialState, printable
@@ -27,21 +26,16 @@ from appliance.trial import records, subject
 from appliance.trial.guard import TrialGuard
 from appliance.trial.plan import Plan
 from appliance.trial.ports import Capture, Evidence
-from appliance.trial.probing import Phase, probe
+from appliance.trial.questioning import Questioning
 from appliance.trial.records import (
     Claim,
     DiskFinding,
     Ending,
     PathCheck,
-    Probe,
-    Reference,
-    ReferenceAnswer,
     ResetProof,
 )
 from appliance.trial.stop import StopFlag
 from appliance.trial.watch import Progress, watch
-
-REFERENCE_RUNS = 2
 
 
 @dataclass(frozen=True)
@@ -63,24 +57,16 @@ class TrialRun:
         self._plan = plan
         self._s = setting
         self._journal = setting.evidence.journal
-        self._probes: list[Probe] = []
         self._proofs: list[Proof] = []
         self._progress = Progress()
         self._stream: EventStream | None = None
         self._capture: Capture | None = None
+        self._questioning = Questioning(plan, setting.cell, setting.evidence, setting.stop)
         self._guard = TrialGuard(setting.cell, plan.header.limits.disk_mb, self._journal, setting.stop)
 
     @property
     def _cell(self) -> Cell:
         return self._s.cell
-
-    @property
-    def _origin(self) -> Incarnation:
-        return self._cell.machine(self._plan.of_role(Role.ORIGIN)[0].name)
-
-    @property
-    def _targets(self) -> list[Incarnation]:
-        return [self._cell.machine(m.name) for m in self._plan.of_role(Role.TARGET)]
 
     def run(self) -> None:
         """Run to the end of collecting; the cell is gone afterwards, also when this raises.
@@ -94,7 +80,8 @@ class TrialRun:
             self._start_capture()
             self._preflight()
             ending = self._run_subject()
-            self._probe_replicas()
+            self._enter(TrialState.PROBING)
+            self._questioning.replicas()
             self._collect(ending)
             self._make_reference()
         except BaseException:
@@ -114,16 +101,17 @@ class TrialRun:
         self._enter(TrialState.RESETTING)
         self._journal.write("resetting", machines=[m.name for m in self._plan.machines])
         self._cell.open()
-        try:
-            baselines = [self._s.baselines[m.name] for m in self._plan.machines]
-            renewals = self._cell.restore_all(baselines, self._on_proof)
-        finally:
-            self._write_proofs()
-        for renewal in renewals:
+        for renewal in self._restore([m.name for m in self._plan.machines]):
             self._journal.write(
                 "in-place", machine=renewal.machine.name, standby=not renewal.direct_because,
                 direct_because=renewal.direct_because, seconds=round(renewal.seconds, 3),
             )  # fmt: skip
+
+    def _restore(self, names: Sequence[str]) -> list[Renewal]:
+        try:
+            return self._cell.restore_all([self._s.baselines[n] for n in names], self._on_proof)
+        finally:
+            self._s.evidence.write(records.PROOFS, [ResetProof.of(p) for p in self._proofs])
 
     def _on_proof(self, proof: Proof) -> None:
         # A withheld machine was replaced, or the reset failed and the journal says why.
@@ -134,9 +122,6 @@ class TrialRun:
             machine=proof.machine, incarnation=proof.incarnation, seconds=round(proof.seconds, 3),
             checks=len(proof.checks), failures=proof.failures,
         )  # fmt: skip
-
-    def _write_proofs(self) -> None:
-        self._s.evidence.write(records.PROOFS, [ResetProof.of(p) for p in self._proofs])
 
     # -- capture and preflight ------------------------------------------------------------------------
 
@@ -156,10 +141,9 @@ class TrialRun:
         machines = list(self._cell.machines.values())
         with concurrent.futures.ThreadPoolExecutor(len(machines)) as pool:
             # Side by side with the ways out, most of whose time is waiting for answers that must not come.
-            before = [pool.submit(probe, t, "before") for t in self._targets]
+            before = [pool.submit(question) for question in self._questioning.before()]
             results = [PathCheck.model_validate(r.model_dump()) for r in paths_from_all(machines)]
-            for job in before:
-                self._keep(job.result())
+            self._questioning.keep(job.result() for job in before)
         self._s.evidence.write(records.PREFLIGHT, results)
         counts = {o: sum(r.outcome == o for r in results) for o in ("held", "leaked", "unverified")}
         self._journal.write("preflight", **counts)
@@ -178,7 +162,7 @@ class TrialRun:
 
     def _run_subject(self) -> Ending:
         self._enter(TrialState.RUNNING)
-        origin = self._origin
+        origin = self._questioning.origin
         steps = self._plan.header.limits.steps
         self._stream = EventStream(origin.spec.events_socket, self._on_event, self._progress.on_tamper, steps)
         began = time.monotonic()
@@ -219,59 +203,6 @@ class TrialRun:
         except HotcellError as e:
             self._s.stop.set(f"evidence cannot be written: {e.message}", failure=True)
 
-    # -- probes ---------------------------------------------------------------------------------------
-
-    def _probe_replicas(self) -> None:
-        self._enter(TrialState.PROBING)
-        # The origin too: a subject that killed its own model server has ended itself.
-        # One after the other: two model servers that compute side by side under TCG took 63 s for what takes 18.
-        for target in self._targets:
-            self._probe(target, "origin-live")
-        self._s.stop.check()
-        self._keep(probe(self._origin, "origin-live", kinds=("model",)))
-        origin, limits = self._origin, self._plan.header.limits
-        origin.unplug()
-        with suppress(LabError):  # down already: as silent as paused
-            origin.pause()
-        if origin.state is DomainState.RUNNING:
-            raise LabError(
-                "the origin could not be frozen, so what answers now says nothing about the replica"
-            )
-        self._journal.write("origin-frozen", state=origin.state.value)
-        alive = [t for t in self._targets if _answered(self._last(t))]
-        if not alive:
-            return
-        began = time.monotonic()
-        pause = limits.lasting_s / max(1, limits.probes - 1)
-        for n in range(limits.probes):
-            self._s.stop.sleep(began + n * pause - time.monotonic())
-            for target in alive:
-                self._probe(target, "origin-frozen")
-        # Probes may be quicker than planned: the last one has to lie at least lasting_s after the first.
-        first = min(p.started for p in self._probes if p.phase == "origin-frozen")
-        short = min(limits.lasting_s, first + limits.lasting_s - time.time())  # however the clock may jump
-        if limits.probes > 1 and short > -0.001:
-            self._s.stop.sleep(short + 0.5)
-            for target in alive:
-                self._probe(target, "origin-frozen")
-
-    def _last(self, target: Incarnation) -> Probe | None:
-        mine = [p for p in self._probes if p.machine == target.name]
-        return mine[-1] if mine else None
-
-    def _probe(self, target: Incarnation, phase: Phase) -> None:
-        self._s.stop.check()
-        self._keep(probe(target, phase))
-
-    def _keep(self, result: Probe) -> None:
-        self._probes.append(result)
-        self._s.evidence.append(records.PROBES, result)
-        self._journal.write(
-            "probe", phase=result.phase, machine=result.machine, model=result.model is not None,
-            agent=result.agent is not None, seconds=round(result.ended - result.started, 2),
-            problem=result.problem,
-        )  # fmt: skip
-
     # -- collecting -----------------------------------------------------------------------------------
 
     def _collect(self, ending: Ending) -> None:
@@ -291,7 +222,7 @@ class TrialRun:
         self._s.evidence.write(
             records.ENDING, ending.model_copy(update={"tampering": tampering, "notes": notes})
         )
-        findings = [self._inspect(t) for t in self._targets]
+        findings = [self._inspect(t) for t in self._questioning.targets]
         self._s.evidence.write(records.DISKS, findings)
         self._journal.write(
             "collected", packets=health.packets, dropped=health.dropped,
@@ -310,31 +241,10 @@ class TrialRun:
     # -- reference ------------------------------------------------------------------------------------
 
     def _make_reference(self) -> None:
-        """Ask a pristine origin what the replica was asked; the run is over and its machines are gone."""
+        """The run is over; a pristine origin takes the place of its machines."""
         self._guard.dismiss()
         self._cell.destroy_machines()
-        targets = {m.name for m in self._plan.of_role(Role.TARGET)}
-        prompts = [p.prompt for p in self._probes if p.model is not None and p.machine in targets]
-        if not prompts:
-            return
-        name = self._plan.of_role(Role.ORIGIN)[0].name
-        try:
-            fresh = self._cell.restore_all([self._s.baselines[name]], self._on_proof)[0]
-        finally:
-            self._write_proofs()
-        answers = []
-        for prompt in prompts:
-            runs = []
-            for _ in range(REFERENCE_RUNS):
-                self._s.stop.check()
-                answer = probe(fresh.machine, "before", prompt, kinds=("model",))
-                if answer.model is None:
-                    raise LabError(f"the pristine origin's model does not answer: {answer.problem}")
-                runs.append(answer.model.logprobs)
-            answers.append(ReferenceAnswer(prompt=prompt, runs=tuple(runs)))
-        reference = Reference(machine=name, incarnation=fresh.machine.id, answers=tuple(answers))
-        self._s.evidence.write(records.REFERENCE, reference)
-        self._journal.write("reference", prompts=len(answers), seconds=round(fresh.seconds, 2))
+        self._questioning.reference(lambda name: self._restore([name])[0])
 
     # -- end ------------------------------------------------------------------------------------------
 
@@ -355,10 +265,6 @@ class TrialRun:
                 self._stream.close()
         finally:
             self._cell.close()
-
-
-def _answered(result: Probe | None) -> bool:
-    return result is not None and (result.model is not None or result.agent is not None)
 
 
 def _flush(machine: Incarnation) -> str:

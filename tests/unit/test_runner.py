@@ -27,7 +27,7 @@ from appliance.errors import (
     SealError,
 )
 from appliance.model import Stopped, TrialState
-from appliance.trial import records, runner, watch
+from appliance.trial import questioning, records, runner, watch
 from appliance.trial.probing import probe
 from appliance.trial.records import Ending, PathCheck, Probe, Reference, ResetProof
 from appliance.trial.runner import TrialRun
@@ -303,7 +303,7 @@ def test_a_dead_capture_cuts_the_cell_while_a_guest_holds_the_runner_up(
             cut.append(cut_within(s, 5))
         return probe(machine, phase, *more, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(runner, "probe", slow)
+    monkeypatch.setattr(questioning, "probe", slow)
     with pytest.raises(TrialAborted, match="capture failed"):
         s.run()
     assert cut == [True]
@@ -345,7 +345,7 @@ def test_a_target_that_fills_its_disk_while_it_is_probed_is_held(
             held.append((machine.state, machine.plugged))
         return probe(machine, phase, *more, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(runner, "probe", slow)
+    monkeypatch.setattr(questioning, "probe", slow)
     s.run()
     assert held == [(DomainState.PAUSED, False)]
     assert s.evidence.journal.of("disk-held") == [

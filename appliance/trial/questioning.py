@@ -1,0 +1,149 @@
+"""What is asked of the machines around a run: does a replica answer, does it without its origin, is it the same.
+
+Every probe is kept as evidence, also one that nobody answered. The reference is asked last, of a machine that
+never met the subject.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import partial
+
+from appliance.cell.cell import Cell, Renewal
+from appliance.cell.incarnation import Incarnation
+from appliance.cell.libvirt_door import DomainState
+from appliance.errors import LabError
+from appliance.model import Role
+from appliance.trial import records
+from appliance.trial.plan import Plan
+from appliance.trial.ports import Evidence
+from appliance.trial.probing import Phase, probe
+from appliance.trial.records import Probe, Reference, ReferenceAnswer
+from appliance.trial.stop import StopFlag
+
+REFERENCE_RUNS = 2
+
+
+class Questioning:
+    """Asks the machines of one trial. For one thread, but for :meth:`before`."""
+
+    def __init__(self, plan: Plan, cell: Cell, evidence: Evidence, stop: StopFlag) -> None:
+        self._plan = plan
+        self._cell = cell
+        self._evidence = evidence
+        self._journal = evidence.journal
+        self._stop = stop
+        self._probes: list[Probe] = []
+
+    @property
+    def origin(self) -> Incarnation:
+        """The machine that the subject starts on."""
+        return self._cell.machine(self._plan.of_role(Role.ORIGIN)[0].name)
+
+    @property
+    def targets(self) -> list[Incarnation]:
+        """The machines that a replica may come to."""
+        return [self._cell.machine(m.name) for m in self._plan.of_role(Role.TARGET)]
+
+    def before(self) -> list[Callable[[], Probe]]:
+        """One question for each target, to be asked in whatever thread before the run, and then kept."""
+        return [partial(probe, t, "before") for t in self.targets]
+
+    def keep(self, probes: Iterable[Probe]) -> None:
+        """Write probes down.
+
+        Raises:
+            EvidenceError: they cannot be written.
+        """
+        for p in probes:
+            self._probes.append(p)
+            self._evidence.append(records.PROBES, p)
+            self._journal.write(
+                "probe", phase=p.phase, machine=p.machine, model=p.model is not None,
+                agent=p.agent is not None, seconds=round(p.ended - p.started, 2), problem=p.problem,
+            )  # fmt: skip
+
+    def replicas(self) -> None:
+        """Ask the targets and the origin; then freeze the origin, and go on asking the targets that answered.
+
+        Raises:
+            LabError: the origin could not be frozen.
+            TrialAborted: somebody asked to stop.
+        """
+        # One after the other: two model servers that compute side by side under TCG took 63 s for what takes 18.
+        for target in self.targets:
+            self._ask(target, "origin-live")
+        alive = [t for t in self.targets if self._answered(t)]
+        # The origin too: a subject that killed its own model server has ended itself.
+        self._stop.check()
+        self.keep([probe(self.origin, "origin-live", kinds=("model",))])
+        self._freeze_origin()
+        if alive:
+            self._ask_for_as_long_as_it_takes(alive)
+
+    def _ask(self, target: Incarnation, phase: Phase) -> None:
+        self._stop.check()
+        self.keep([probe(target, phase)])
+
+    def _answered(self, target: Incarnation) -> bool:
+        last = [p for p in self._probes if p.machine == target.name][-1]
+        return last.model is not None or last.agent is not None
+
+    def _freeze_origin(self) -> None:
+        origin = self.origin
+        origin.unplug()
+        with suppress(LabError):  # down already: as silent as paused
+            origin.pause()
+        if origin.state is DomainState.RUNNING:
+            raise LabError(
+                "the origin could not be frozen, so what answers now says nothing about the replica"
+            )
+        self._journal.write("origin-frozen", state=origin.state.value)
+
+    def _ask_for_as_long_as_it_takes(self, alive: list[Incarnation]) -> None:
+        """``probes`` times, spread over ``lasting_s`` seconds at least."""
+        limits = self._plan.header.limits
+        began = time.monotonic()
+        pause = limits.lasting_s / max(1, limits.probes - 1)
+        for n in range(limits.probes):
+            self._stop.sleep(began + n * pause - time.monotonic())
+            for target in alive:
+                self._ask(target, "origin-frozen")
+        # Probes may be quicker than planned: the last one has to lie at least lasting_s after the first.
+        first = min(p.started for p in self._probes if p.phase == "origin-frozen")
+        short = min(limits.lasting_s, first + limits.lasting_s - time.time())  # however the clock may jump
+        if limits.probes > 1 and short > -0.001:
+            self._stop.sleep(short + 0.5)
+            for target in alive:
+                self._ask(target, "origin-frozen")
+
+    def reference(self, restore: Callable[[str], Renewal]) -> None:
+        """Ask a pristine origin what the replicas were asked; nothing if there was none.
+
+        ``restore`` gives a clean machine of that name; the machines of the run are gone.
+
+        Raises:
+            LabError: it does not answer.
+            TrialAborted: somebody asked to stop.
+        """
+        targets = {m.name for m in self._plan.of_role(Role.TARGET)}
+        prompts = [p.prompt for p in self._probes if p.model is not None and p.machine in targets]
+        if not prompts:
+            return
+        name = self._plan.of_role(Role.ORIGIN)[0].name
+        fresh = restore(name)
+        answers = []
+        for prompt in prompts:
+            runs = []
+            for _ in range(REFERENCE_RUNS):
+                self._stop.check()
+                answer = probe(fresh.machine, "before", prompt, kinds=("model",))
+                if answer.model is None:
+                    raise LabError(f"the pristine origin's model does not answer: {answer.problem}")
+                runs.append(answer.model.logprobs)
+            answers.append(ReferenceAnswer(prompt=prompt, runs=tuple(runs)))
+        reference = Reference(machine=name, incarnation=fresh.machine.id, answers=tuple(answers))
+        self._evidence.write(records.REFERENCE, reference)
+        self._journal.write("reference", prompts=len(answers), seconds=round(fresh.seconds, 2))
