@@ -1,6 +1,7 @@
 """Try every way out of this machine, each negative beside a positive twin. Prints one JSON object.
 
-Runs in the guest as root: ``python3 -I - QUESTION``. All probes run side by side; the slowest is a timeout.
+Runs in the guest as root: ``python3 -I - QUESTION``. The twins run first and say how fast this network is. Then
+all negatives run side by side, each for many times as long as the slowest twin took.
 """
 
 import concurrent.futures
@@ -12,8 +13,11 @@ import struct
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 
-WAIT = 4.0
+# Seconds that a negative waits for an answer that must not come. At least one SYN is sent again (RFC 6298: after
+# 1 s), and far away is not farther than many times the segment's own round trip.
+LEAST, MOST, TIMES = 2.0, 4.0, 10.0
 ROUNDS = 3
 ESTABLISHED, CLOSE_WAIT = 1, 8  # include/net/tcp_states.h
 question = json.loads(sys.argv[1])
@@ -29,7 +33,7 @@ def word(error: BaseException) -> str:
     return f"error {type(error).__name__} {error}"[:150]
 
 
-def tcp(family: socket.AddressFamily, address: str, port: int) -> str:
+def tcp(family: socket.AddressFamily, address: str, port: int, wait: float) -> str:
     """Whether somebody takes a connection, as the kernel's own state of the socket says.
 
     connect() with a time limit also returns well if the attempt ended between its wait and its look for an
@@ -38,7 +42,7 @@ def tcp(family: socket.AddressFamily, address: str, port: int) -> str:
     state = 0
     for _ in range(ROUNDS):
         with socket.socket(family, socket.SOCK_STREAM) as s:
-            s.settimeout(WAIT)
+            s.settimeout(wait)
             try:
                 s.connect((address, port))
                 state = s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
@@ -49,9 +53,9 @@ def tcp(family: socket.AddressFamily, address: str, port: int) -> str:
     return f"error connected, and in state {state}"
 
 
-def udp(address: str, payload: bytes) -> str:
+def udp(address: str, payload: bytes, wait: float) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-        s.settimeout(WAIT)
+        s.settimeout(wait)
         try:
             s.connect((address, 53))
             s.send(payload)
@@ -66,7 +70,7 @@ def query(name: str) -> bytes:
     return struct.pack(">HHHHHH", 0x4843, 0x0100, 1, 0, 0, 0) + labels + b"\0\0\1\0\1"
 
 
-def resolve() -> str:
+def resolve(wait: float) -> str:
     """Who resolves a name that only the outside could know: all of them, since one may be our own world."""
     try:
         with open("/etc/resolv.conf") as f:
@@ -76,7 +80,7 @@ def resolve() -> str:
     answered = []
     for server in servers:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-            s.settimeout(WAIT)
+            s.settimeout(wait)
             try:
                 s.connect((server, 53))
                 s.send(query("example.com"))
@@ -93,7 +97,7 @@ def own_mac(interface: str = "eth0") -> bytes:
         return fcntl.ioctl(s, 0x8927, struct.pack("256s", interface.encode()))[18:24]
 
 
-def arp() -> set[str]:
+def arp(wait: float) -> set[str]:
     """Ask the whole segment who is there, up to three times until every known peer has answered."""
     mac, segment = own_mac(), question["segment"]
     own = next(a for a in (f"{segment}.{n}" for n in range(1, 255)) if is_own(a))
@@ -107,7 +111,7 @@ def arp() -> set[str]:
         for _ in range(ROUNDS):
             for n in range(1, 255):
                 s.send(head + socket.inet_aton(f"{segment}.{n}"))
-            listen(s, lambda: found.update(arp_answer(s.recv(128))))
+            listen(s, wait, lambda: found.update(arp_answer(s.recv(128))))
             if found >= set(question["peers"]):
                 break
     return found
@@ -118,9 +122,9 @@ def arp_answer(packet: bytes) -> set[str]:
     return {socket.inet_ntoa(packet[28:32])} if packet[20:22] == b"\0\2" else set()
 
 
-def listen(s: socket.socket, take: Callable[[], None]) -> None:
+def listen(s: socket.socket, wait: float, take: Callable[[], None]) -> None:
     """Call ``take`` for what arrives within the wait."""
-    end = time.monotonic() + WAIT
+    end = time.monotonic() + wait
     while (left := end - time.monotonic()) > 0:
         if select.select([s], [], [], left)[0]:
             take()
@@ -140,7 +144,7 @@ def link_local(mac_end: int) -> str:
     return f"fe80::5054:ff:fe77:{mac_end:x}"
 
 
-def neighbours() -> set[str]:
+def neighbours(wait: float) -> set[str]:
     """All nodes of the link that answer an echo to ff02::1, asked like the segment."""
     found: set[str] = set()
 
@@ -154,7 +158,7 @@ def neighbours() -> set[str]:
         s.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, index)
         for i in range(ROUNDS):
             s.sendto(struct.pack(">BBHHH", 128, 0, 0, 0x4843, i), ("ff02::1", 0, 0, index))
-            listen(s, take)
+            listen(s, wait, take)
             if len(found) > len(question["peers"]):  # the peers, and this machine itself
                 break
     return found
@@ -169,42 +173,54 @@ def peers_seen(found: set[str], known: set[str]) -> str:
     return f"answered {len(found & known)}" if known and found & known else "none"
 
 
+def outcomes(jobs: dict[str, Future[str]], limit: float) -> dict[str, str]:
+    found = {}
+    for name, job in jobs.items():
+        try:
+            found[name] = job.result(limit)
+        except Exception as e:
+            found[name] = word(e)
+    return found
+
+
+def twins(peer4: str, peer6: str) -> tuple[dict[str, str], float]:
+    """What works on this segment, and the seconds that the slowest of it took."""
+    began = time.monotonic()
+    # A peer's closed UDP port answers with ICMP, which shows that UDP gets there and back.
+    jobs = {
+        "tcp4-peer": pool.submit(tcp, socket.AF_INET, peer4, 22, MOST),
+        "tcp6-peer": pool.submit(tcp, socket.AF_INET6, peer6, 22, MOST),
+        "udp-peer": pool.submit(udp, peer4, query("hotcell.invalid"), MOST),
+    }
+    return outcomes(jobs, 2 * ROUNDS * MOST), time.monotonic() - began
+
+
 pool = concurrent.futures.ThreadPoolExecutor(16)
-peer4: str = next(iter(question["peers"]), "")
-peer6: str = next(iter(question["peers6"]), "")
-# A peer's closed UDP port answers with ICMP, which shows that UDP gets there and back.
+results, slowest = twins(question["peers"][0], question["peers6"][0]) if question["peers"] else ({}, MOST)
+wait = min(MOST, max(LEAST, TIMES * slowest))
+arp_job, nd_job = pool.submit(arp, wait), pool.submit(neighbours, wait)
 jobs = {
-    "tcp4-outside": pool.submit(tcp, socket.AF_INET, question["outside4"], 80),
-    "tcp6-outside": pool.submit(tcp, socket.AF_INET6, question["outside6"], 80),
-    "udp-outside": pool.submit(udp, question["outside4"], query("example.com")),
-    "resolve-outside": pool.submit(resolve),
+    "tcp4-outside": pool.submit(tcp, socket.AF_INET, question["outside4"], 80, wait),
+    "tcp6-outside": pool.submit(tcp, socket.AF_INET6, question["outside6"], 80, wait),
+    "udp-outside": pool.submit(udp, question["outside4"], query("example.com"), wait),
+    "resolve-outside": pool.submit(resolve, wait),
     **{
-        f"tcp4-metadata-{i}": pool.submit(tcp, socket.AF_INET, a, 80)
+        f"tcp4-metadata-{i}": pool.submit(tcp, socket.AF_INET, a, 80, wait)
         for i, a in enumerate(question["metadata"])
     },
 }
-if peer4:
-    jobs["tcp4-peer"] = pool.submit(tcp, socket.AF_INET, peer4, 22)
-    jobs["tcp6-peer"] = pool.submit(tcp, socket.AF_INET6, peer6, 22)
-    jobs["udp-peer"] = pool.submit(udp, peer4, query("hotcell.invalid"))
-arp_job, nd_job = pool.submit(arp), pool.submit(neighbours)
-results = {}
-for name, job in jobs.items():
-    try:
-        results[name] = job.result(WAIT * 4)
-    except Exception as e:
-        results[name] = word(e)
+results |= outcomes(jobs, ROUNDS * MOST)
 known4 = set(question["peers"])
 known6 = {link_local(int(a.rsplit(".", 1)[1])) for a in known4}
 own6 = {link_local(own_mac()[5])}
 try:
-    found = arp_job.result(WAIT * 8)
+    found = arp_job.result(2 * ROUNDS * MOST)
     results["arp-strangers"] = strangers(found, known4, set())
     results["arp-peers"] = peers_seen(found, known4)
 except Exception as e:
     results["arp-strangers"] = results["arp-peers"] = word(e)
 try:
-    found = nd_job.result(WAIT * 8)
+    found = nd_job.result(2 * ROUNDS * MOST)
     results["nd-strangers"] = strangers(found, known6, own6)
     results["nd-peers"] = peers_seen(found, known6)
 except Exception as e:

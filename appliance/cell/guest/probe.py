@@ -88,7 +88,8 @@ def ask(port: int, method: str, path: str, body: object, limit: float) -> tuple[
 
 def is_model(port: int) -> bool:
     status, value = ask(port, "GET", "/v1/models", None, LOOK_S)
-    return status == 200 and isinstance(value["data"][0]["id"], str)
+    names[port] = value["data"][0]["id"] if status == 200 else None
+    return isinstance(names[port], str)
 
 
 def is_agent(port: int) -> bool:
@@ -106,9 +107,8 @@ def logprobs_of(value: Any) -> list[float]:
 
 
 def model(port: int) -> dict[str, object]:
-    name = ask(port, "GET", "/v1/models", None, LOOK_S)[1]["data"][0]["id"]
     body = {
-        "model": name,
+        "model": names[port],
         "prompt": question["prompt"],
         "max_tokens": 1,
         "temperature": 0,
@@ -124,7 +124,13 @@ def model(port: int) -> dict[str, object]:
     except Exception as e:
         problems.append(f"{port} model: completions: {type(e).__name__}: {e}"[:300])
     _, pid, start = found[port]
-    return {"port": port, "model": clean(name, 100), "logprobs": logprobs, "pid": pid, "process_start": start}
+    return {
+        "port": port,
+        "model": clean(names[port], 100),
+        "logprobs": logprobs,
+        "pid": pid,
+        "process_start": start,
+    }
 
 
 def agent(port: int) -> dict[str, object]:
@@ -193,6 +199,7 @@ def best(kind: str, ask_it: Callable[[int], dict[str, object]]) -> dict[str, obj
 
 
 found = listeners()
+names: dict[int, Any] = {}  # port -> what a model server calls its model
 problems: list[str] = []
 asked = [p for p in sorted(found) if p not in NOT_ASKED][:256]
 pool = concurrent.futures.ThreadPoolExecutor(2 * len(asked) + 2 * CANDIDATES)
