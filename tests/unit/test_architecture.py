@@ -76,7 +76,7 @@ def rank(module: str) -> int:
         return {"": 0, "errors": 0, "model": 1}[name]
     if name in STAGES:
         return 2 + STAGES.index(name)
-    # what is left is the service's protocol and the pipeline that implements it
+    # what is left is the service: its protocol, and the pipeline that implements it
     return len(STAGES) + 4 if name.startswith("cli") else len(STAGES) + 2
 
 
@@ -157,7 +157,7 @@ def test_the_agent_stands_alone() -> None:
 
 def test_every_folder_of_the_package_is_a_stage() -> None:
     folders = {p.name for p in (ROOT / "appliance").iterdir() if p.is_dir() and (p / "__init__.py").exists()}
-    assert folders == {*STAGES, "pipeline", "cli"}
+    assert folders == {*STAGES, "service", "pipeline", "cli"}
 
 
 def test_ansible_is_no_python_package() -> None:

@@ -1,31 +1,17 @@
-"""What the laboratory offers, as one protocol and the values that cross it.
-
-The control plane and the command line depend on this module only; ``pipeline`` implements it. All calls
-block and may come from any thread. Times of day are Unix seconds of the host, durations seconds, sizes
-bytes, unless the field says otherwise.
-"""
+"""What the laboratory answers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import Field
 
-from appliance.config.specs import MAX_STEPS
 from appliance.errors import Blame
 from appliance.model import Accelerator, Frozen, Name, PciAddress, Role, Sha256, Stopped, TrialId, TrialState
-from appliance.trial.records import JournalEntry, ResetProof
+from appliance.service.requests import Key
+from appliance.trial.records import ResetProof
 
-Key = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-"""A client-chosen key that makes creating a trial repeatable."""
-
-Argument = Annotated[str, StringConstraints(max_length=4096, pattern=r"^[^\x00]*$")]
 BaselineKind = Literal["ram", "disk"]
-MAX_SEED = 2**31 - 1
-MAX_EXEC_S = 600.0
-MAX_EXEC_OUTPUT = 256 * 1024
 
 
 class SealView(Frozen):
@@ -190,42 +176,6 @@ class ProbeView(Frozen):
     problem: str = Field(description="Empty, or why the probe is incomplete.")
 
 
-class CellRequest(Frozen):
-    """A cell to open outside of trials."""
-
-    policy: Name = "sealed"
-    targets: int = Field(default=1, ge=1, le=8)
-
-
-class LimitOverrides(Frozen):
-    """Limits that replace the scenario's own; None keeps it."""
-
-    wall_s: float | None = Field(default=None, gt=0, le=86400, description="Wall time of the run.")
-    steps: int | None = Field(default=None, gt=0, le=MAX_STEPS, description="Steps of the agent.")
-    disk_mb: int | None = Field(default=None, gt=0, le=1_000_000, description="Growth of one overlay, MB.")
-    lasting_s: float | None = Field(default=None, ge=0, le=86400, description="How long a replica must last.")
-    probes: int | None = Field(default=None, ge=1, le=100, description="Probes over that time.")
-
-
-class TrialRequest(Frozen):
-    """One subject in one scenario under one policy."""
-
-    subject: Name
-    scenario: Name = "replicate"
-    policy: Name = "sealed"
-    seed: int = Field(default=0, ge=0, le=MAX_SEED)
-    limits: LimitOverrides = LimitOverrides()
-    key: Key | None = Field(
-        default=None,
-        description="Repeating a request with its key returns the same trial; another request is a conflict. "
-        "`batch` is not compared.",
-    )
-    batch: Key | None = Field(
-        default=None,
-        description="Batches take turns in the queue; within one it is first come, first served.",
-    )
-
-
 class TrialView(Frozen):
     """A trial as the index knows it."""
 
@@ -286,108 +236,3 @@ class SweepView(Frozen):
 
     dry_run: bool
     strays: tuple[Stray, ...]
-
-
-class LabService(Protocol):
-    """Everything a client can ask for.
-
-    Every call may raise :class:`appliance.errors.HotcellError`; a name that does not exist is a
-    ``NotFoundError``, a request against the present state a ``ConflictError``.
-    """
-
-    def health(self) -> HealthView:
-        """State of the whole; never raises for a part that is unwell."""
-
-    def host(self) -> dict[str, object]:
-        """Facts of the host, JSON-ready."""
-
-    def images(self) -> list[ImageView]:
-        """All recipes with what is built of them."""
-
-    def cells(self) -> list[CellView]:
-        """Open cells."""
-
-    def machines(self) -> list[MachineView]:
-        """Machines of all open cells."""
-
-    def baselines(self) -> list[BaselineView]:
-        """Saved states."""
-
-    def baseline(self, name: str) -> BaselineDetail:
-        """One saved state."""
-
-    def delete_baseline(self, name: str) -> BaselineView:
-        """Delete a saved state. Raises ``ConflictError`` naming what depends on it."""
-
-    def export_baseline(self, name: str, to: Path) -> ExportView:
-        """Write a saved state to a new folder of the server's host."""
-
-    def import_baseline(self, folder: Path, name: str | None) -> BaselineView:
-        """Make an exported state one of this home. Raises ``PrerequisiteError`` if it cannot run here."""
-
-    def transfers(self) -> list[TransferView]:
-        """Exports and imports that go on."""
-
-    def snapshot(self, cell: str, machine: str, name: str, kind: BaselineKind | None) -> BaselineView:
-        """Save a machine's present state as a baseline, of the kind it came from unless told otherwise.
-
-        Raises ``ConflictError`` if the machine cannot have one of that kind.
-        """
-
-    def reset(self, cell: str, machine: str, baseline: str | None) -> ResetView:
-        """Put one machine back to its baseline, or to a named one of its own, and prove it.
-
-        Raises ``ResetError`` if not proved.
-        """
-
-    def reset_cell(self, cell: str) -> list[ResetView]:
-        """Put all machines of a cell back as a group. Raises ``ResetError`` if one is not proved."""
-
-    def exec(self, cell: str, machine: str, argv: list[str], timeout_s: float) -> ExecView:
-        """Run a program in a guest, by path or by a name on its agent's PATH; no shell is added.
-
-        Each stream is bounded by ``MAX_EXEC_OUTPUT`` bytes.
-        One that outruns ``timeout_s`` is no error: it has no ``rc``, and goes on running in the guest.
-        """
-
-    def probe(self, cell: str, machine: str) -> ProbeView:
-        """Ask what answers on a machine."""
-
-    def open_cell(self, request: CellRequest) -> CellView:
-        """Open a cell outside of trials."""
-
-    def close_cell(self, cell: str) -> CellView:
-        """Stop a cell's machines and remove all that is theirs."""
-
-    def create_trial(self, request: TrialRequest) -> TrialView:
-        """Queue a trial. Raises ``ConflictError`` for a known key with another request, or after ``kill``."""
-
-    def trials(self, *, state: TrialState | None, subject: str | None, limit: int, offset: int) -> TrialPage:
-        """Trials, newest first."""
-
-    def trial(self, trial_id: str) -> TrialView:
-        """One trial."""
-
-    def follow(self, trial_id: str, from_seq: int) -> Iterator[JournalEntry | None]:
-        """Journal entries from ``from_seq`` on, as they come; None each second; ends with the trial."""
-
-    def abort(self, trial_id: str) -> TrialView:
-        """Stop a trial; safe at any moment and when repeated. Raises ``ConflictError`` if it has ended."""
-
-    def score(self, trial_id: str) -> dict[str, object]:
-        """The scorecard as JSON. Raises ``ConflictError`` while there is none."""
-
-    def bundle(self, trial_id: str) -> Path:
-        """Directory of the sealed evidence. Raises ``ConflictError`` while there is none."""
-
-    def kill(self, reason: str) -> KillView:
-        """Cut all links, stop all machines, refuse new trials until ``rearm``."""
-
-    def rearm(self) -> HealthView:
-        """Accept trials again after ``kill``."""
-
-    def sweep(self, dry_run: bool) -> SweepView:
-        """Find, and unless ``dry_run`` remove, what the ledger owns and no live cell uses."""
-
-    def close(self) -> None:
-        """Abort what runs, stop all machines, remove all that is ours. Safe when repeated."""
