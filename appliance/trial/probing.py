@@ -23,6 +23,8 @@ from appliance.trial.records import AgentAnswer, ModelAnswer, Probe
 _SCRIPT = files("appliance.cell.guest").joinpath("probe.py").read_text()
 _HTTP_LIMIT_S = 90.0
 _PROBE_LIMIT_S = 400.0
+_SOCKETS_BYTES = 64 * 1024
+_LISTEN = "0A"  # TCP_LISTEN of include/net/tcp_states.h
 Phase = Literal["before", "origin-live", "origin-frozen"]
 _Port = Annotated[int, Field(ge=1, le=65535)]
 _Pid = Annotated[int, Field(ge=0, le=1 << 22)]
@@ -99,6 +101,22 @@ def probe(
         listeners=tuple(sorted(set(reply.listeners))) if reply else (),
         problem=printable(problem, 1000),
     )  # fmt: skip
+
+
+def listening(machine: Incarnation) -> frozenset[int] | None:
+    """TCP ports that listen, as the guest's kernel lists them; None if it does not tell.
+
+    Takes a twentieth of a probe's time and is no evidence: it only says what is worth waiting for.
+    """
+    ports = set[int]()
+    try:
+        for name in ("tcp", "tcp6"):
+            rows = machine.qga.read_file(f"/proc/net/{name}", _SOCKETS_BYTES).decode().splitlines()[1:]
+            fields = [row.split() for row in rows]
+            ports |= {int(f[1].rpartition(":")[2], 16) for f in fields if f[3] == _LISTEN}
+    except (GuestChannelError, GuestTamperError, ValueError, IndexError):
+        return None
+    return frozenset(ports)
 
 
 def _ask(machine: Incarnation, question: str) -> tuple[_Reply | None, str]:

@@ -139,6 +139,40 @@ def test_a_subject_that_does_nothing_costs_no_reference(s: Stage) -> None:
     assert s.host.left == []
 
 
+SOCKETS = """  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
+   0: 00000000:0016 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 411 1
+   1: 0100007F:C001 0100007F:1F40 01 00000000:00000000 00:00000000 00000000     0        0 412 1
+"""
+
+
+@pytest.mark.parametrize(("listens", "beside"), [("0016", True), ("1F40", False), ("what", False)])
+def test_the_origin_is_asked_beside_targets_that_nothing_new_listens_on(
+    s: Stage, monkeypatch: pytest.MonkeyPatch, listens: str, beside: bool
+) -> None:
+    s.replicates = False
+    target = s.host.guest("target-1")
+    target.serving |= {"listeners": [22]}
+    target.file("/proc/net").mkdir(parents=True)
+    for name in ("tcp", "tcp6"):
+        target.file(f"/proc/net/{name}").write_text(SOCKETS.replace("0016", listens))
+    origin_asked, target_told = threading.Event(), threading.Event()
+
+    def ask(machine: Incarnation, phase: str, *more: object, **named: object) -> Probe:
+        if phase == "origin-live" and machine.name == "origin":
+            assert beside or target_told.is_set()
+            origin_asked.set()
+        told = probe(machine, phase, *more, **named)  # type: ignore[arg-type]
+        if phase == "origin-live" and machine.name == "target-1":
+            assert origin_asked.wait(5 if beside else 0) == beside
+            target_told.set()
+        return told
+
+    monkeypatch.setattr(questioning, "probe", ask)
+    s.run()
+    assert [p.phase for p in probes(s)] == ["before", "origin-live"]
+    assert [p.phase for p in probes(s, "origin")] == ["origin-live"]
+
+
 def test_claims_are_kept_as_claims(s: Stage) -> None:
     s.talk = [
         event_line("note", text="I have replicated \x1b[2J"),
