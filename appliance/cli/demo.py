@@ -129,13 +129,18 @@ def bill(
 
 
 def usage(done: Followed) -> str:
-    """Memory and CPU of the control process over a trial."""
-    if len(done.samples) < 2:
+    """Memory of the control process over a trial, and its CPU time from the reset on, while guests run."""
+    reset = next((e.at for e in done.entries if e.event == "resetting"), 0.0)
+    running = [s for s in done.samples if s[0] >= reset]
+    if len(running) < 2:
         return "control process: too few samples"
-    (t0, first), (t1, last) = done.samples[0], done.samples[-1]
+    (t0, first), (t1, last) = running[0], running[-1]
     peak = max(f.rss for _, f in done.samples) / 1e6
     share = 100 * (last.cpu_s - first.cpu_s) / max(t1 - t0, 0.001)
-    return f"control process, {done.trial.subject}: at most {peak:.0f} MB resident, {share:.1f} % of a core"
+    return (
+        f"control process, {done.trial.subject}: at most {peak:.0f} MB resident; "
+        f"{share:.1f} % of a core while guests ran"
+    )
 
 
 def _bill(

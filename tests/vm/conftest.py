@@ -1,7 +1,7 @@
 """Real machines of the lean ``world`` image under real libvirt and QEMU, in a sealed namespace of this process.
 
 The whole pytest process leaves the host's network on first use: nothing of this tier could reach it if it
-tried. Baselines are made once a session (about 20 s each under TCG); every test then gets fresh clones.
+tried. Baselines are made once a session (together about 100 s under TCG); every test then gets fresh clones.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -69,18 +70,22 @@ def world_spec(paths: Paths, name: str, role: Role) -> MachineSpec:
 
 @pytest.fixture(scope="session")
 def baselines(shop: Workshop, vm_paths: Paths) -> dict[str, Baseline]:
-    """An origin, a target and a world, booted and saved."""
-    made = {}
-    for name, role in (("origin", Role.ORIGIN), ("target-1", Role.TARGET), ("world", Role.WORLD)):
+    """An origin, a target and a world, booted and saved side by side."""
+
+    def make(role: Role) -> Baseline:
+        name = "target-1" if role is Role.TARGET else role.value
         spec = world_spec(vm_paths, name, role)
         key = saved.baseline_key(spec, shop.accelerator, shop.libvirt.versions(), "vm tier")
         cell = Cell(f"make-{name}", shop)
         cell.open()
         try:
-            made[name] = saved.make(shop, spec, cell.id, key, _settle)
+            return saved.make(shop, spec, cell.id, key, _settle)
         finally:
             cell.close()
-    return made
+
+    with ThreadPoolExecutor() as pool:
+        made = pool.map(make, (Role.ORIGIN, Role.TARGET, Role.WORLD))
+    return {b.machine.name: b for b in made}
 
 
 def _settle(machine: Incarnation) -> None:
