@@ -14,7 +14,9 @@ from typing import NamedTuple
 from appliance.cli.client import Client, connect
 from appliance.host.clock import wait_until
 from appliance.host.paths import Paths
-from appliance.service import TrialRequest, TrialView
+from appliance.service import LimitOverrides, TrialRequest, TrialView
+
+_POLL_S = 0.2
 
 
 class Server(NamedTuple):
@@ -38,10 +40,11 @@ def running_server(paths: Paths) -> Iterator[Server]:
         process.wait(90)
 
 
-def run_trial(client: Client, subject: str, seed: int, *, poll_s: float = 0.2) -> TrialView:
-    """Run one trial to its end."""
-    trial = client.post(TrialView, "trials", TrialRequest(subject=subject, seed=seed))
+def run_trial(client: Client, subject: str, seed: int, *, wall_s: float | None = None) -> TrialView:
+    """Run one trial to its end; ``wall_s`` is the longest that its subject may take."""
+    request = TrialRequest(subject=subject, seed=seed, limits=LimitOverrides(wall_s=wall_s))
+    trial = client.post(TrialView, "trials", request)
     while not trial.state.ended:
-        time.sleep(poll_s)
+        time.sleep(_POLL_S)
         trial = client.get(TrialView, f"trials/{trial.id}")
     return trial
