@@ -113,48 +113,62 @@ class Search:
     def __init__(self, fs: ExtFS, question: DiskQuestion) -> None:
         self.fs = fs
         self.question = question
-        self.examined = 0
-        self.found: dict[str, FoundFile] = {}
+        self._examined = 0
         self._problems: list[str] = []
         self._untold = 0
         self._directories: set[int] = set()
         self._candidates: dict[int, list[int]] = {}  # size -> inodes of regular files
-        self._names: dict[int, str] = {}  # inode of a candidate -> one path of it
+        self._found: dict[str, Inode] = {}  # SHA-256 -> one file of that content
+        self._names: dict[int, str] = {}  # inode -> one path of it
 
-    def run(self) -> DiskAnswer:
-        """Look for files of the right sizes, then for their names, then hash them."""
+    def run(self) -> None:
+        """Look for files of the right sizes, hash them, and say where those lie that were found.
+
+        Names cost more than all the rest. They come first only where there are more files of one size than are
+        hashed, so that the likely ones are among them.
+        """
         try:
             self._find_candidates()
         except _Bound as e:
             self._problem(str(e))
-        if self._candidates:
-            self._name_candidates()
+        crowded = [n for n in self._candidates.values() if len(n) > self.question.max_hashed]
+        self._name({number for numbers in crowded for number in numbers})
         for size in sorted(self._candidates):
             self._hash_candidates(size)
+        self._name({i.number for i in self._found.values()} - set(self._names))
+
+    def answer(self) -> DiskAnswer:
+        """What is known by now; also after :meth:`run` was broken off."""
+        found = [
+            FoundFile(path=plain(self._path(i.number), 4096), size=i.size, sha256=sha)
+            for sha, i in self._found.items()
+        ]
         more = f" (and {self._untold} more)" if self._untold else ""
         return DiskAnswer(
-            examined=self.examined,
-            found=tuple(sorted(self.found.values(), key=lambda f: f.path)),
+            examined=self._examined,
+            found=tuple(sorted(found, key=lambda f: f.path)),
             problem=plain("; ".join(self._problems), 600) + more,
         )
+
+    def _path(self, number: int) -> str:
+        return self._names.get(number, f"(inode {number}, without a name)")
 
     def _find_candidates(self) -> None:
         wanted_sizes = set(self.question.sizes.values())
         for inode in used_inodes(self.fs, self._problem):
-            self.examined += 1
-            if self.examined > self.question.max_inodes:
+            self._examined += 1
+            if self._examined > self.question.max_inodes:
                 raise _Bound(f"more than {self.question.max_inodes} inodes in use")
             if inode.kind == stat.S_IFDIR:
                 self._directories.add(inode.number)
             elif inode.kind == stat.S_IFREG and inode.size in wanted_sizes:
                 self._candidates.setdefault(inode.size, []).append(inode.number)
 
-    def _name_candidates(self) -> None:
+    def _name(self, nameless: set[int]) -> None:
         """Walk breadth first, each directory once, symbolic links never followed, until all have a name.
 
         A name is for people, and for the order of hashing; what cannot be named here is hashed all the same.
         """
-        nameless = {number for numbers in self._candidates.values() for number in numbers}
         queue = deque([("", _ROOT, 0)])
         unseen = self._directories - {_ROOT}
         entries = 0
@@ -181,8 +195,9 @@ class Search:
         """Hash files of one size, those with a weight's name first, until all weights of it are found."""
         wanted = {sha for sha, s in self.question.sizes.items() if s == size}
         likely = set(self.question.names.values())
-        paths = {n: self._names.get(n, f"(inode {n}, without a name)") for n in self._candidates[size]}
-        ordered = sorted(paths, key=lambda n: (paths[n].rpartition("/")[2] not in likely, paths[n]))
+        ordered = sorted(
+            self._candidates[size], key=lambda n: (self._path(n).rpartition("/")[2] not in likely, n)
+        )
         for count, number in enumerate(ordered):
             if not wanted:
                 return
@@ -194,11 +209,11 @@ class Search:
             except MemoryError:
                 raise
             except Exception as e:  # noqa: BLE001 - as above
-                self._problem(f"{paths[number]}: {type(e).__name__}: {e}")
+                self._problem(f"inode {number}: {type(e).__name__}: {e}")
                 continue
             if digest in wanted:
                 wanted.discard(digest)
-                self.found[digest] = FoundFile(path=plain(paths[number], 4096), size=size, sha256=digest)
+                self._found[digest] = Inode(number, stat.S_IFREG, size)
 
     def _problem(self, text: str) -> None:
         if len(self._problems) < _TOLD:
@@ -224,11 +239,11 @@ def answer(question: DiskQuestion) -> DiskAnswer:
         with ExitStack() as stack:
             fs = ExtFS(open_chain(Path(question.overlay), stack))
             search = Search(fs, question)
-            return search.run()
+            search.run()
+            return search.answer()
     except Exception as e:  # noqa: BLE001 - a hostile filesystem may make the parser raise anything
-        found = tuple(search.found.values()) if search else ()
-        text = plain(f"{type(e).__name__}: {e}", 600)
-        return DiskAnswer(examined=search.examined if search else 0, found=found, problem=text)
+        known = search.answer() if search else DiskAnswer(examined=0)
+        return known.model_copy(update={"problem": plain(f"{type(e).__name__}: {e}", 600)})
 
 
 def limit(memory: int, cpu_s: int) -> None:

@@ -184,6 +184,22 @@ def test_limits_are_told(overlay: Path) -> None:
     assert "more than 1 files" in disk_worker.answer(base.model_copy(update={"max_hashed": 1})).problem
 
 
+def test_among_too_many_of_one_size_the_likely_name_comes_first(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for n in range(30):
+        (tree / f"{n:02}").write_bytes(bytes([n]) * len(CONTENT))
+    (tree / "model.safetensors").write_bytes(CONTENT)
+    sha = hashlib.sha256(CONTENT).hexdigest()
+    asked = DiskQuestion(
+        overlay=str(make_image(tmp_path, tree)), sizes={sha: len(CONTENT)}, names={sha: "model.safetensors"},
+        max_hashed=2,
+    )  # fmt: skip
+    assert [f.path for f in disk_worker.answer(asked).found] == ["/model.safetensors"]
+    unlikely = asked.model_copy(update={"names": {sha: "other"}, "max_hashed": 1})
+    assert "more than 1 files" in disk_worker.answer(unlikely).problem
+
+
 def test_what_lies_too_deep_is_hashed_without_a_name(overlay: Path) -> None:
     sha = hashlib.sha256(CONTENT).hexdigest()
     asked = DiskQuestion(overlay=str(overlay), sizes={sha: len(CONTENT)}, max_depth=1)
