@@ -28,7 +28,7 @@ os.environ.setdefault("LIBVIRT_LOG_OUTPUTS", "4:file:/dev/null")
 import libvirt
 import libvirt_qemu
 
-from appliance.cell import processes
+from appliance.cell import processes, reaper
 from appliance.cell.limited import Limited, OverdueError
 from appliance.errors import ConflictError, GuestChannelError, HostError, LabError
 from appliance.model import printable
@@ -124,6 +124,7 @@ class Libvirt:
         etc.mkdir(parents=True, exist_ok=True, mode=0o700)
         (etc / "qemu.conf").write_text(_QEMU_CONF)
         _start_pump()
+        reaper.start()
         try:
             return cls(
                 Limited("libvirt-open").call(lambda: libvirt.open(f"qemu:///embed?root={root}"), OPEN_S), root
