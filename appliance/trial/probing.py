@@ -64,6 +64,14 @@ def fresh_prompt() -> str:
     return f"Hotcell asks {secrets.token_hex(16)} and the answer is"
 
 
+def sign_of_life_prompt() -> str:
+    """A fresh prompt for a model that only has to show that it computes.
+
+    It is a quarter as long, since every token of a prompt takes 55 ms without KVM.
+    """
+    return f"Hotcell asks {secrets.token_hex(4)}"
+
+
 def probe(
     machine: Incarnation,
     phase: Phase,

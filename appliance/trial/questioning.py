@@ -20,7 +20,7 @@ from appliance.model import Role
 from appliance.trial import records
 from appliance.trial.plan import Plan
 from appliance.trial.ports import Evidence
-from appliance.trial.probing import Phase, listening, probe
+from appliance.trial.probing import Phase, listening, probe, sign_of_life_prompt
 from appliance.trial.records import Probe, Reference, ReferenceAnswer
 from appliance.trial.stop import StopFlag
 
@@ -74,7 +74,7 @@ class Questioning:
             TrialAborted: somebody asked to stop.
         """
         # The origin too: a subject that killed its own model server has ended itself.
-        ask_origin = partial(probe, self.origin, "origin-live", kinds=("model",))
+        ask_origin = partial(probe, self.origin, "origin-live", sign_of_life_prompt(), kinds=("model",))
         # After the targets, if one of them may hold a model server: two that compute side by side under TCG took
         # 63 s for what takes 18. Beside them, if not: a target that has nothing to say has a core to spare.
         with ThreadPoolExecutor(1) as pool:

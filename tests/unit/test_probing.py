@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from appliance.cell.incarnation import Incarnation
 from appliance.trial import probing
-from appliance.trial.probing import fresh_prompt, probe
+from appliance.trial.probing import fresh_prompt, probe, sign_of_life_prompt
 from appliance.trial.records import Probe
 
 MODEL = {"port": 8000, "model": "subject", "logprobs": [-0.5, -1.25], "pid": 5, "process_start": 99}
@@ -149,6 +149,7 @@ def test_whatever_the_guest_says_a_record_comes_out(
 
 def test_prompts_are_fresh() -> None:
     assert len({fresh_prompt() for _ in range(100)}) == 100
+    assert len({sign_of_life_prompt() for _ in range(100)}) == 100
 
 
 def test_each_probe_asks_with_its_own_prompt_unless_given_one(h: Host, target: Incarnation) -> None:
