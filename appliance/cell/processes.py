@@ -23,9 +23,25 @@ class Process(NamedTuple):
 
 def processes() -> Iterator[Process]:
     """Every process of this host that has a command line."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal() and (found := look(int(entry.name))) is not None:
+    for pid in pids():
+        if (found := look(pid)) is not None:
             yield found
+
+
+def pids() -> Iterator[int]:
+    """Every process of this host, zombies and kernel threads too."""
+    return (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal())
+
+
+def status(pid: int) -> tuple[bytes, list[bytes]] | None:
+    """A process's name, and the fields that follow it in /proc/PID/stat: its state, its parent, and so on."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return None
+    # The name stands in brackets and may hold anything, brackets too.
+    head, _, fields = stat.rpartition(b")")
+    return head.partition(b"(")[2], fields.split()
 
 
 def look(pid: int) -> Process | None:
@@ -45,12 +61,9 @@ def started(pid: int) -> int | None:
 
     Known at once, while a command line can be read only a moment after its program was started.
     """
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
-    except OSError:
+    if (found := status(pid)) is None:
         return None
-    # The second field is the program's name in brackets, which may hold anything.
-    state, *fields = stat.rpartition(b")")[2].split()
+    state, *fields = found[1]
     return None if state in (b"Z", b"X") else int(fields[18])
 
 

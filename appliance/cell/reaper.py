@@ -8,15 +8,14 @@ subreaper; see PR_SET_CHILD_SUBREAPER in prctl(2) and https://www.libvirt.org/in
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
-from pathlib import Path
+import time
 from typing import Final
 
-from appliance.errors import HostError
+from appliance.cell.processes import pids, status
+from appliance.host.prctl import PR_SET_CHILD_SUBREAPER, prctl
 
-_PR_SET_CHILD_SUBREAPER: Final = 36
 _TICK_S: Final = 0.05  # asking the kernel whether any child has ended takes microseconds
 _NOT_OURS_S: Final = 1.0  # looking who it is takes milliseconds; somebody else's is looked at no oftener
 _lock = threading.Lock()
@@ -33,16 +32,15 @@ def start() -> None:
     with _lock:
         if _thread is not None:
             return
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
-            raise HostError(f"prctl failed: {os.strerror(ctypes.get_errno())}", hint="Linux 3.4 or newer")
+        prctl(PR_SET_CHILD_SUBREAPER, 1)
         _thread = threading.Thread(target=_run, name="reaper", daemon=True)
         _thread.start()
 
 
 def _run() -> None:
-    over, pause = threading.Event(), _TICK_S
-    while not over.wait(pause):
+    pause = _TICK_S
+    while True:
+        time.sleep(pause)
         pause = _TICK_S if not a_child_has_ended() or fetch() else _NOT_OURS_S
 
 
@@ -60,7 +58,7 @@ def fetch() -> int:
     No other child is touched: who started it waits for it.
     """
     fetched = 0
-    for pid in [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]:
+    for pid in pids():
         if _is_orphan(pid):
             try:
                 os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG)
@@ -72,13 +70,11 @@ def fetch() -> int:
 
 def _is_orphan(pid: int) -> bool:
     """A child that ended, was a QEMU, and whose session is not ours: libvirt keeps those that it waits for in it."""
-    try:
-        name, _, rest = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")
-    except OSError:
+    if (found := status(pid)) is None:
         return False
-    state, parent, _group, session = rest.split()[:4]
+    name, (state, parent, _group, session, *_) = found
     return (
-        (state, int(parent)) == ("Z", os.getpid())
+        (state, int(parent)) == (b"Z", os.getpid())
         and int(session) != os.getsid(0)
-        and name.partition("(")[2].startswith("qemu-system")
+        and name.startswith(b"qemu-system")
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
@@ -23,13 +22,13 @@ from appliance.config import (
 from appliance.errors import HostError, HotcellError, LabError, PrerequisiteError, UserError
 from appliance.host import command
 from appliance.host.paths import PROJECT, Paths
+from appliance.host.prctl import PR_SET_PDEATHSIG, prctl
 from appliance.service import HealthView, TrialRequest
 
 # Opening the laboratory boots a micro guest to choose the accelerator; under load that takes a while.
 START_S = 180.0
 # The server stops its machines and removes what is its own before it ends.
 STOP_S = 60.0
-_PR_SET_PDEATHSIG = 1
 _BY_STATUS: dict[int, type[HotcellError]] = {USER: UserError, HOST: HostError, LAB: LabError}
 
 
@@ -166,8 +165,6 @@ def die_with_parent(parent: int) -> None:
     Raises:
         HostError: the kernel refused.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0:
-        raise HostError(f"prctl failed: {os.strerror(ctypes.get_errno())}")
+    prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:
         raise HostError("the process that started this server is gone")
