@@ -94,12 +94,14 @@ class Questioning:
 
     def _is_quiet(self, target: Incarnation) -> bool:
         """Whether nothing listens that did not before the run, as far as the guest tells."""
-        before = [p for p in self._probes if p.machine == target.name]
-        now = listening(target)
+        now, before = listening(target), self._of(target)
         return now is not None and bool(before) and now <= set(before[0].listeners)
 
+    def _of(self, target: Incarnation) -> list[Probe]:
+        return [p for p in self._probes if p.machine == target.name]
+
     def _answered(self, target: Incarnation) -> bool:
-        last = [p for p in self._probes if p.machine == target.name][-1]
+        last = self._of(target)[-1]
         return last.model is not None or last.agent is not None
 
     def _freeze_origin(self) -> None:

@@ -19,6 +19,7 @@ from concurrent.futures import Future
 # 1 s), and far away is not farther than many times the segment's own round trip.
 LEAST, MOST, TIMES = 2.0, 4.0, 10.0
 ROUNDS = 3
+PATIENCE = 4 * MOST  # for a job; the sweeps have rounds, and get twice as long
 ESTABLISHED, CLOSE_WAIT = 1, 8  # include/net/tcp_states.h
 question = json.loads(sys.argv[1])
 
@@ -173,11 +174,11 @@ def peers_seen(found: set[str], known: set[str]) -> str:
     return f"answered {len(found & known)}" if known and found & known else "none"
 
 
-def outcomes(jobs: dict[str, Future[str]], limit: float) -> dict[str, str]:
+def outcomes(jobs: dict[str, Future[str]]) -> dict[str, str]:
     found = {}
     for name, job in jobs.items():
         try:
-            found[name] = job.result(limit)
+            found[name] = job.result(PATIENCE)
         except Exception as e:
             found[name] = word(e)
     return found
@@ -192,7 +193,7 @@ def twins(peer4: str, peer6: str) -> tuple[dict[str, str], float]:
         "tcp6-peer": pool.submit(tcp, socket.AF_INET6, peer6, 22, MOST),
         "udp-peer": pool.submit(udp, peer4, query("hotcell.invalid"), MOST),
     }
-    return outcomes(jobs, 2 * ROUNDS * MOST), time.monotonic() - began
+    return outcomes(jobs), time.monotonic() - began
 
 
 pool = concurrent.futures.ThreadPoolExecutor(16)
@@ -209,18 +210,18 @@ jobs = {
         for i, a in enumerate(question["metadata"])
     },
 }
-results |= outcomes(jobs, ROUNDS * MOST)
+results |= outcomes(jobs)
 known4 = set(question["peers"])
 known6 = {link_local(int(a.rsplit(".", 1)[1])) for a in known4}
 own6 = {link_local(own_mac()[5])}
 try:
-    found = arp_job.result(2 * ROUNDS * MOST)
+    found = arp_job.result(2 * PATIENCE)
     results["arp-strangers"] = strangers(found, known4, set())
     results["arp-peers"] = peers_seen(found, known4)
 except Exception as e:
     results["arp-strangers"] = results["arp-peers"] = word(e)
 try:
-    found = nd_job.result(2 * ROUNDS * MOST)
+    found = nd_job.result(2 * PATIENCE)
     results["nd-strangers"] = strangers(found, known6, own6)
     results["nd-peers"] = peers_seen(found, known6)
 except Exception as e:
