@@ -17,6 +17,7 @@ from appliance.cell import netlink, overlay
 from appliance.cell.domain import DomainSpec, domain_xml
 from appliance.cell.ledger import Kind, Ledger
 from appliance.cell.libvirt_door import DomainState, Libvirt
+from appliance.cell.port import Port
 from appliance.cell.processes import kill_domain_process, signal_domain_process
 from appliance.cell.qga import Qga
 from appliance.cell.spec import MachineSpec, bridge_name, tap_name
@@ -36,6 +37,7 @@ class Incarnation:
         self.folder = spec.overlay.parent
         self.plugged = False
         self.pid: int | None = None
+        self._port: Port | None = None
         self.overlay_inode = spec.overlay.stat().st_ino
         self._libvirt = libvirt
         self._ledger = ledger
@@ -68,6 +70,22 @@ class Incarnation:
         self.pid = self._libvirt.pid(self.spec.domain)
         if self.pid is None:
             raise LabError(f"libvirt wrote no pid file for {self.spec.domain}")
+
+    def open_port(self) -> Port:
+        """The host's end of its proof port, which stays open until it hangs up or ends.
+
+        Raises:
+            GuestChannelError: nobody listens there.
+        """
+        if self._port is None:
+            self._port = self._libvirt.open_port(self.spec.domain, self.spec.proof_socket)
+        return self._port
+
+    def hang_up(self) -> None:
+        """Close the host's end of its proof port; no error if it is closed."""
+        if self._port is not None:
+            self._port.close()
+            self._port = None
 
     @contextlib.contextmanager
     def destroyed_on_error(self) -> Iterator[None]:
@@ -182,6 +200,7 @@ class Incarnation:
             raise LabError(f"{self.domain} is not wholly gone: {failures[0]}") from failures[0]
 
     def _end_domain(self) -> None:
+        self.hang_up()
         # SIGKILL first: libvirt's own destroy gives QEMU seconds to exit, and nothing in it is worth that.
         kill_domain_process(self.pid, self.spec.domain)
         self._libvirt.destroy(self.spec.domain)
@@ -240,6 +259,7 @@ def prepare(
         bridge=bridge_name(cell),
         tap=tap_name(cell, number),
         events_socket=folder / "events",
+        proof_socket=folder / "proof",
         serial_log=folder / "console.log",
     )
     return Incarnation(spec, cell, number, libvirt, ledger)

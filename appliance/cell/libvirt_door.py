@@ -30,6 +30,7 @@ import libvirt_qemu
 
 from appliance.cell import processes, reaper
 from appliance.cell.limited import Limited, OverdueError
+from appliance.cell.port import Port
 from appliance.errors import ConflictError, GuestChannelError, HostError, LabError
 from appliance.model import printable
 
@@ -272,6 +273,14 @@ class Libvirt:
             refused = "unable to execute QEMU agent command" in str(e)
             verb = f"refused {json.loads(request)['execute']}" if refused else "does not answer"
             raise GuestChannelError(f"the qga of {name} {verb}: {printable(str(e), 300)}", domain=name) from e
+
+    def open_port(self, name: str, path: Path) -> Port:  # noqa: ARG002 - whose it is, for doors without sockets
+        """The host's end of a domain's port that lies at ``path``.
+
+        Raises:
+            GuestChannelError: nobody listens there.
+        """
+        return Port(path)
 
     def _call(self, what: str, function: Callable[[], T], limit_s: float, domain: str = "") -> T:
         """As :meth:`_bounded`, with libvirt's own errors as ours."""

@@ -21,8 +21,9 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from appliance.cell import overlay
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.netlink import namespace_inode
+from appliance.cell.port import Port
 from appliance.cell.qga import Qga
-from appliance.errors import GuestChannelError, GuestTamperError
+from appliance.errors import GuestTamperError
 from appliance.model import Frozen, printable
 
 _Short = Annotated[str, StringConstraints(max_length=256)]
@@ -88,12 +89,8 @@ class Expected(Frozen):
 
 _SCRIPT = files("appliance.cell.guest").joinpath("facts.py").read_text()
 SCRIPT_SHA256 = hashlib.sha256(_SCRIPT.encode()).hexdigest()
-# As in the script.
-_ASK, _ANSWER, _CLOCK = "/run/hotcell-ask", "/run/hotcell-answer", "/run/hotcell-clock"
 _ANSWER_LIMIT = 160 << 10
 _ANSWER_S = 30.0
-# Under TCG a look takes the guest's agent about 10 ms of the time in which the script could answer.
-_LOOK_S = 0.03
 
 
 def guest_facts(qga: Qga, incarnation: str) -> GuestFacts:
@@ -106,35 +103,35 @@ def guest_facts(qga: Qga, incarnation: str) -> GuestFacts:
     return _facts(done.stdout, f"exit status {done.rc}; {done.stderr.decode(errors='replace')}")
 
 
-def leave_waiting(qga: Qga) -> None:
+def leave_waiting(machine: Incarnation) -> None:
     """Start the script in a machine that is about to be saved, so that its clones have it running."""
-    qga.start(["/usr/bin/python3", "-I", "-", "--wait"], stdin=_SCRIPT.encode())
+    machine.open_port()  # the script waits only while somebody holds the other end
+    machine.qga.start(["/usr/bin/python3", "-I", "-", "--wait"], stdin=_SCRIPT.encode())
 
 
-def ask_waiting(qga: Qga, incarnation: str, *, stay: bool = False) -> None:
+def ask_waiting(port: Port, incarnation: str, *, stay: bool = False) -> None:
     """As :func:`guest_facts`, of the script that was saved running; :func:`waiting_facts` gets the answer.
 
     It answers once, and ends; or with ``stay`` once more, :func:`set_waiting_clock`. Starting an interpreter
     is most of what asking would cost under TCG.
 
     Raises:
-        GuestChannelError: nobody waits.
+        GuestChannelError: the machine is gone.
     """
-    words = [incarnation, f"{time.time():.6f}", _seed(), *(["stay"] if stay else [])]
-    qga.send(_ASK, (" ".join(words) + "\n").encode())
+    port.send(" ".join([incarnation, f"{time.time():.6f}", _seed(), *(["stay"] if stay else [])]))
 
 
-def waiting_facts(qga: Qga) -> GuestFacts:
+def waiting_facts(port: Port) -> GuestFacts:
     """What the script that was asked answers.
 
     Raises:
         GuestChannelError: no answer came within 30 s.
         GuestTamperError: the answer is not what our script writes.
     """
-    return _facts(_await(qga, _ANSWER), "written by the waiting script")
+    return _facts(port.read(_ANSWER_LIMIT, _ANSWER_S), "written by the waiting script")
 
 
-def set_waiting_clock(qga: Qga) -> None:
+def set_waiting_clock(port: Port) -> None:
     """Have the script that was told to stay set the clock of a machine that stood still.
 
     Raises:
@@ -142,23 +139,9 @@ def set_waiting_clock(qga: Qga) -> None:
         GuestTamperError: it set another time.
     """
     now = f"{time.time():.6f}"
-    qga.send(_ASK, f"{now}\n".encode())
-    done = _await(qga, _CLOCK)
-    if done.decode(errors="replace") != now:
-        raise GuestTamperError(
-            f"the clock was set to {printable(done.decode(errors='replace'), 40)}, not {now}"
-        )
-
-
-def _await(qga: Qga, path: str) -> bytes:
-    deadline = time.monotonic() + _ANSWER_S
-    while True:
-        time.sleep(_LOOK_S)
-        try:
-            return qga.read_file(path, _ANSWER_LIMIT)
-        except GuestChannelError:
-            if time.monotonic() > deadline:
-                raise
+    port.send(now)
+    if (done := port.read(_ANSWER_LIMIT, _ANSWER_S)) != now:
+        raise GuestTamperError(f"the clock was set to {printable(done, 40)}, not {now}")
 
 
 def _seed() -> str:
@@ -166,7 +149,7 @@ def _seed() -> str:
     return secrets.token_hex(32)
 
 
-def _facts(answer: bytes, context: str) -> GuestFacts:
+def _facts(answer: bytes | str, context: str) -> GuestFacts:
     try:
         return GuestFacts.model_validate_json(answer)
     except ValidationError as e:

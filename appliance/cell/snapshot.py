@@ -84,6 +84,7 @@ def _save_memory(shop: Workshop, machine: Incarnation, site: Site) -> None:
     try:
         twin = shop.prepare_twin(machine, site.memory / RAM)
         twin.start()
+        twin.open_port()  # as at the machine that hands over to it
         migration.hand_over(machine, twin)
         migration.save_state(twin, site.memory / STATE)
         twin.destroy()

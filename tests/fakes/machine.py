@@ -29,7 +29,7 @@ from appliance.cell.ledger import Ledger
 from appliance.cell.libvirt_door import DomainFact, DomainState
 from appliance.cell.netlink import Link, NamespaceView
 from appliance.cell.spec import GuestImage, MachineSpec, bridge_name, tap_name
-from appliance.errors import GuestChannelError, LabError
+from appliance.errors import GuestChannelError, GuestTamperError, LabError
 from appliance.model import Accelerator, Role
 from appliance.trial import probing
 
@@ -80,6 +80,7 @@ class FakeGuest:
         self.serving: dict[str, object] = {"model": None, "agent": None, "listeners": [22], "problem": ""}
         self.agent_runs = False
         self.clock, self.clock_says = 0.0, ""
+        self.nobody_waits, self.hung_up = False, 0
         self.on_agent: Callable[[list[str]], None] = lambda _argv: None
         self.owners: dict[str, str] = {}
         self._running: dict[int, subprocess.Popen[bytes] | tuple[int, bytes, bytes]] = {}
@@ -165,23 +166,15 @@ class FakeGuest:
         self.file(path).parent.mkdir(parents=True, exist_ok=True)
         if mode == "w":
             self.file(path).write_bytes(b"")
-        elif not self.file(path).exists() and path != proof._ASK:
+        elif not self.file(path).exists():
             raise FileNotFoundError(path)
         return self._number
 
     def guest_file_write(self, handle: int, buf_b64: str) -> dict[str, object]:
         data = base64.b64decode(buf_b64)
         path = self._handles[handle]
-        if path == proof._ASK:  # the script that every clone has waiting
-            words = data.decode().split()
-            if len(words) == 1:
-                self.clock = float(words[0])
-                self.file(proof._CLOCK).write_text(self.clock_says or words[0])
-            else:
-                self.file(proof._ANSWER).write_text(json.dumps(self._facts(["-I", "-", *words])))
-        else:
-            with self.file(path).open("ab") as f:
-                f.write(data)
+        with self.file(path).open("ab") as f:
+            f.write(data)
         return {"count": len(data), "eof": False}
 
     def guest_file_read(self, handle: int, count: int) -> dict[str, object]:
@@ -257,6 +250,35 @@ _SCRIPTS: dict[str, Callable[[FakeGuest, list[str]], object]] = {
     isolation._SCRIPT: lambda guest, arg: {"results": guest.paths},
     probing._SCRIPT: lambda guest, arg: guest._probe(arg),
 }
+
+
+class FakePort:
+    """The proof port of a guest in memory, in which the script waits."""
+
+    def __init__(self, guest: FakeGuest) -> None:
+        self._guest = guest
+        self._answer = ""
+
+    def send(self, line: str) -> None:
+        words = line.split()
+        if self._guest.nobody_waits:
+            return
+        if len(words) == 1:
+            self._guest.clock = float(words[0])
+            self._answer = self._guest.clock_says or words[0]
+        else:
+            self._answer = json.dumps(self._guest._facts(["-I", "-", *words]))
+
+    def read(self, limit: int, timeout_s: float) -> str:
+        answer, self._answer = self._answer, ""
+        if not answer:
+            raise GuestChannelError(f"no answer on the port within {timeout_s:.0f} s")
+        if len(answer) > limit:
+            raise GuestTamperError(f"an answer on the port is longer than {limit} bytes")
+        return answer
+
+    def close(self) -> None:
+        self._guest.hung_up += 1
 
 
 class FakeLibvirt:
@@ -343,6 +365,11 @@ class FakeLibvirt:
             raise GuestChannelError(f"the qga of {name} does not answer: reply too large")
         return reply
 
+    def open_port(self, name: str, path: Path) -> Any:
+        if name not in self.domains:
+            raise GuestChannelError(f"the port {path} cannot be opened: no {name}")
+        return FakePort(self.guests[self._machine[name]])
+
     def versions(self) -> dict[str, str]:
         return {"libvirt": "9.0.0", "qemu": "7.2.0"}
 
@@ -408,6 +435,7 @@ def incarnation(
         machine=machine_spec(name), accelerator=Accelerator.TCG, overlay=own / "disk.qcow2",
         ram_file=folder / "ram", incoming=True,
         bridge=bridge_name(cell), tap=tap_name(cell, number), events_socket=own / "events",
+        proof_socket=own / "proof",
         serial_log=own / "console.log",
     )  # fmt: skip
     return Incarnation(spec, cell, number, libvirt, ledger)  # type: ignore[arg-type]

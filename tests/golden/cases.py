@@ -29,6 +29,7 @@ def domain_spec(case: str) -> DomainSpec:
         owner="hotcell", machine=machine_spec(name), accelerator=accelerator, overlay=_FOLDER / "disk.qcow2",
         ram_file=Path("/var/lib/hotcell/baselines/origin-0123456789ab/ram"), incoming=incoming,
         bridge="hcb01234567", tap="hct01234567", events_socket=_FOLDER / "events",
+        proof_socket=_FOLDER / "proof",
         serial_log=_FOLDER / "console.log",
     )  # fmt: skip
 

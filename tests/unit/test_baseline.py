@@ -306,9 +306,11 @@ def test_a_clone_is_proved_whether_our_own_script_waits_in_it_or_not(
     made = made.model_copy(update={"expected": expected})
     proof = prove(machine, made, 0.0, will_stand_by=True)
     assert proof.proved, proof.failures
-    assert h.guest("origin").file("/run/hotcell-answer").exists() is (script == SCRIPT_SHA256)
+    guest = h.guest("origin")
+    assert ("guest-exec" in guest.calls) is (script != SCRIPT_SHA256)
+    assert guest.hung_up == 0, "it stands by, and waits for its clock"
     set_clock(machine, made)
-    assert (h.guest("origin").clock > 0) is (script == SCRIPT_SHA256)
+    assert (guest.clock > 0) is (guest.hung_up == 1) is (script == SCRIPT_SHA256)
 
 
 @pytest.mark.parametrize("state", ["silent", "tampering", "gone"])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import mmap
 import os
+import pty
 import subprocess
 import sys
 import time
+import tty
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,7 +34,6 @@ from appliance.cell.proof import (
     waiting_facts,
 )
 from appliance.errors import GuestChannelError, GuestTamperError
-from appliance.host.clock import wait_until
 
 EXPECTED = Expected(
     boot_id="b0",
@@ -116,31 +116,29 @@ def test_facts_of_an_honest_guest(machine: Incarnation) -> None:
 
 
 def test_the_script_that_waits_in_a_clone_is_asked_once(machine: Incarnation) -> None:
-    ask_waiting(machine.qga, "i1")
-    assert waiting_facts(machine.qga) == GuestFacts.model_validate(FACTS)
+    ask_waiting(machine.open_port(), "i1")
+    assert waiting_facts(machine.open_port()) == GuestFacts.model_validate(FACTS)
     assert machine._libvirt.guests["origin"].facts["ram_sentinel"] == "i1"  # type: ignore[attr-defined]
 
 
-def test_a_clone_in_which_nobody_waits_is_told(machine: Incarnation, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proof, "_ANSWER_S", 0.05)
-    guest = machine._libvirt.guests["origin"]  # type: ignore[attr-defined]
-    guest.guest_file_write = lambda handle, buf_b64: {"count": len(base64.b64decode(buf_b64))}
-    ask_waiting(machine.qga, "i1")
-    with pytest.raises(GuestChannelError, match="hotcell-answer"):
-        waiting_facts(machine.qga)
+def test_a_clone_in_which_nobody_waits_is_told(machine: Incarnation) -> None:
+    machine._libvirt.guests["origin"].nobody_waits = True  # type: ignore[attr-defined]
+    ask_waiting(machine.open_port(), "i1")
+    with pytest.raises(GuestChannelError, match="no answer"):
+        waiting_facts(machine.open_port())
 
 
 def test_an_answer_of_another_shape_is_tampering(machine: Incarnation) -> None:
     machine._libvirt.guests["origin"].facts = [CLEAN]  # type: ignore[attr-defined]
-    ask_waiting(machine.qga, "i1")
+    ask_waiting(machine.open_port(), "i1")
     with pytest.raises(GuestTamperError, match="no valid facts"):
-        waiting_facts(machine.qga)
+        waiting_facts(machine.open_port())
 
 
 def test_the_clock_is_set_by_the_script_that_stayed(machine: Incarnation) -> None:
-    ask_waiting(machine.qga, "i1", stay=True)
-    waiting_facts(machine.qga)
-    set_waiting_clock(machine.qga)
+    ask_waiting(machine.open_port(), "i1", stay=True)
+    waiting_facts(machine.open_port())
+    set_waiting_clock(machine.open_port())
     guest = machine._libvirt.guests["origin"]  # type: ignore[attr-defined]
     assert abs(guest.clock - time.time()) < 5
 
@@ -150,29 +148,30 @@ def test_another_time_than_the_hosts_is_tampering(
 ) -> None:
     machine._libvirt.guests["origin"].clock_says = "1.5"  # type: ignore[attr-defined]
     with pytest.raises(GuestTamperError, match=r"set to 1\.5"):
-        set_waiting_clock(machine.qga)
+        set_waiting_clock(machine.open_port())
 
 
 @pytest.mark.parametrize("stay", ["", "stay"])
 def test_the_script_waits_answers_and_ends(tmp_path: Path, stay: str) -> None:
-    """The script as it is saved in a baseline, with its pipe here."""
+    """The script as it is saved in a baseline, with a terminal in its port's place."""
+    host, guest = pty.openpty()
+    tty.setraw(guest)
     script = proof._SCRIPT.replace("time.clock_settime(", "print(").replace("os.sync()", "")
-    script = script.replace('"/run/hotcell-', f'"{tmp_path}/').replace('"/dev/shm/', f'"{tmp_path}/shm-')
-    script = script.replace('"/var/lib/', f'"{tmp_path}/disk-')
+    script = script.replace("/dev/virtio-ports/org.hotcell.proof", os.ttyname(guest))
+    script = script.replace('"/dev/shm/', f'"{tmp_path}/shm-').replace('"/var/lib/', f'"{tmp_path}/disk-')
     waiting = subprocess.Popen([sys.executable, "-I", "-", "--wait"], stdin=subprocess.PIPE, text=True)
     assert waiting.stdin is not None
     waiting.stdin.write(script)
     waiting.stdin.close()
-    wait_until(lambda: (tmp_path / "ask").exists(), 20, "the pipe")
-    assert waiting.poll() is None
-    (tmp_path / "ask").write_text(f"i1 1.5 {'00' * 32} {stay}\n")
-    wait_until(lambda: (tmp_path / "answer").exists(), 20, "the answer")
-    if stay:
-        assert waiting.poll() is None
-        (tmp_path / "ask").write_text("2.5\n")
-    assert waiting.wait(20) == 0
-    assert (tmp_path / "clock").exists() is bool(stay)
-    facts = GuestFacts.model_validate_json((tmp_path / "answer").read_bytes())
+    with os.fdopen(host, "r+b", buffering=0) as port:
+        port.write(f"i1 1.5 {'00' * 32} {stay}\n".encode())
+        facts = GuestFacts.model_validate_json(port.readline())
+        if stay:
+            assert waiting.poll() is None
+            port.write(b"2.5\n")
+            assert port.readline() == b"2.5\n"
+        assert waiting.wait(20) == 0
+    os.close(guest)
     assert (facts.ram_sentinel, facts.disk_sentinel) == ("", ""), "facts come before the sentinels"
     assert [(tmp_path / n).read_text() for n in ("shm-hotcell-sentinel", "disk-hotcell-sentinel")] == [
         "i1"

@@ -39,6 +39,7 @@ def restore(shop: Workshop, baseline: Baseline, cell: str) -> Incarnation:
     )
     with clone.destroyed_on_error():
         clone.start()
+        clone.open_port()  # open as it was when the state was saved, or the script's wait ends
         migration.load_state(clone, baseline.path(STATE))
         clone.resume()
     return clone
@@ -55,17 +56,20 @@ def prove(clone: Incarnation, baseline: Baseline, began: float, *, will_stand_by
         return prove_cold(clone, baseline, began)
     checks: list[ProofCheck] = []
     try:
-        clone.wait_for_agent(30)
         waits = baseline.expected.script == SCRIPT_SHA256
         if waits:
-            ask_waiting(clone.qga, clone.id, stay=will_stand_by)
+            ask_waiting(clone.open_port(), clone.id, stay=will_stand_by)
+        clone.wait_for_agent(30)
         checks += host_checks(clone, baseline.expected)  # while the guest works on its answer
-        facts = waiting_facts(clone.qga) if waits else guest_facts(clone.qga, clone.id)
+        facts = waiting_facts(clone.open_port()) if waits else guest_facts(clone.qga, clone.id)
         checks += guest_checks(facts, baseline.expected)
     except (GuestChannelError, GuestTamperError, LabError) as e:
         checks.append(
             ProofCheck(name="guest answers", passed=False, expected="its facts", found=printable(str(e), 300))
         )
+    finally:
+        if not will_stand_by:
+            clone.hang_up()
     return Proof(
         machine=clone.name, incarnation=clone.id, baseline=baseline.id,
         seconds=time.monotonic() - began, checks=tuple(checks),
@@ -80,6 +84,9 @@ def set_clock(machine: Incarnation, baseline: Baseline) -> None:
         GuestTamperError: it answers what our script does not say.
     """
     if isinstance(baseline, RamBaseline) and baseline.expected.script == SCRIPT_SHA256:
-        set_waiting_clock(machine.qga)
+        try:
+            set_waiting_clock(machine.open_port())
+        finally:
+            machine.hang_up()
     else:
         machine.qga.set_time(time.time())

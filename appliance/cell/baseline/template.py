@@ -159,7 +159,7 @@ def making(shop: Workshop, name: str, cell: str, machine: MachineSpec | None = N
 def record_expected(template: Incarnation, site: Site, below: Sequence[Path]) -> Expected:
     """What a machine that is about to be saved will be held against; ``below`` are the layers under its own."""
     nonce = _plant_nonce(template)
-    leave_waiting(template.qga)
+    leave_waiting(template)
     facts = _settled_facts(template)
     return Expected(
         script=SCRIPT_SHA256,

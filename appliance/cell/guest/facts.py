@@ -4,9 +4,9 @@ random generator, sentinels.
 Runs in the guest: ``python3 -I - INCARNATION NOW SEED``. INCARNATION is "" when a baseline is being recorded;
 SEED is random bytes of the host in hexadecimal: two clones of one baseline would otherwise draw the same
 "random" keys and ports. With ``--wait`` the script is saved inside a baseline, already started: it waits for
-one line with the three arguments in the pipe ASK and writes to ANSWER what it would have printed. With a fourth
+one line with the three arguments on PORT and answers there with the line that it would have printed. With a fourth
 word, "stay", it then waits for one more line, the time at which a machine that stood by was woken: it sets the
-clock, repeats the line in CLOCK, and ends. That spares every restored machine the start of an interpreter.
+clock, repeats the line, and ends. That spares every restored machine the start of an interpreter.
 """
 
 import fcntl
@@ -18,7 +18,7 @@ import time
 
 RAM = "/dev/shm/hotcell-sentinel"
 DISK = "/var/lib/hotcell-sentinel"
-ASK, ANSWER, CLOCK = "/run/hotcell-ask", "/run/hotcell-answer", "/run/hotcell-clock"
+PORT = "/dev/virtio-ports/org.hotcell.proof"
 RNDADDENTROPY, RNDRESEEDCRNG = 0x40085203, 0x5207  # linux/random.h
 
 
@@ -87,27 +87,33 @@ def tell(incarnation: str, now: float, seed: bytes, *, waited: bool) -> str:
     return json.dumps(facts)
 
 
-def answer(path: str, text: str) -> None:
-    """Give an answer whole: a reader finds all of it or none."""
-    with open(path + ".part", "w") as out:
-        out.write(text)
-    os.rename(path + ".part", path)
+def asked(port: int) -> list[str]:
+    """The words of the host's next line. While the host's end is closed, reading does not wait."""
+    line = b""
+    while not line.endswith(b"\n"):
+        piece = os.read(port, 4096)
+        line += piece
+        if not piece:
+            time.sleep(0.1)
+    return line.decode().split()
+
+
+def answer(port: int, text: str) -> None:
+    """One line; the port takes 32 KiB at a time."""
+    line = f"{text}\n".encode()
+    while line:
+        line = line[os.write(port, line) :]
 
 
 def wait() -> None:
-    os.umask(0o077)
-    for old in (ASK, ANSWER, CLOCK):  # of the baseline below this one
-        if os.path.lexists(old):
-            os.unlink(old)
-    os.mkfifo(ASK)
-    ask = os.open(ASK, os.O_RDWR)  # held open, so that no line is lost between two readers
-    incarnation, now, seed, *stay = os.read(ask, 4096).decode().split()
-    answer(ANSWER, tell(incarnation, float(now), bytes.fromhex(seed), waited=True))
+    port = os.open(PORT, os.O_RDWR)
+    incarnation, now, seed, *stay = asked(port)
+    answer(port, tell(incarnation, float(now), bytes.fromhex(seed), waited=True))
     if stay:
-        now = os.read(ask, 4096).decode().strip()
+        (now,) = asked(port)
         time.clock_settime(time.CLOCK_REALTIME, float(now))
-        answer(CLOCK, now)
-    os.unlink(ASK)
+        answer(port, now)
+    os.close(port)
     os.sync()  # after the answers: it takes as long as all before
 
 
