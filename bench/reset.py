@@ -127,10 +127,10 @@ def print_run(run: Run) -> None:
     _print_steps(found)
     print("\nMemory of a machine before it does work, MB\n")
     show(
-        ("machine", "way", "own (USS) p50", "own max", "private dirty p50"),
+        ("machine", "way", "own p50", "own max", "with files of its own (USS) p50"),
         [
-            (kind, way, f"{own.p50:.0f}", f"{own.worst:.0f}", f"{private.p50:.0f}")
-            for (kind, way), own, private in _memory(found)
+            (kind, way, f"{own.p50:.0f}", f"{own.worst:.0f}", f"{unique.p50:.0f}")
+            for (kind, way), own, unique in _memory(found)
         ],
         text_columns=2,
     )
@@ -153,13 +153,13 @@ def _memory(found: dict[Case, list[Reset]]) -> Iterator[tuple[tuple[str, str], S
         yield (
             (kind, way),
             summary([r.own / 1e6 for r in resets]),
-            summary([r.private_dirty / 1e6 for r in resets]),
+            summary([r.unique / 1e6 for r in resets]),
         )
 
 
 def _as_json(run: Run, args: argparse.Namespace, rig: Rig, load: tuple[float, float]) -> str:
     samples = [
-        {**case._asdict(), **r.steps._asdict(), "own": r.own, "private_dirty": r.private_dirty}
+        {**case._asdict(), **r.steps._asdict(), "own": r.own, "unique": r.unique}
         for case, resets in run.results.items()
         for r in resets
     ]

@@ -24,11 +24,14 @@ _STEPS = (
 
 
 class Reset(NamedTuple):
-    """One reset: its steps in seconds, and the new machine's memory in bytes before it does any work."""
+    """One reset: its steps in seconds, and the new machine's memory in bytes before it does any work.
+
+    ``own`` belongs to no file; ``unique`` is mapped by no other process, and holds pages of the baseline too.
+    """
 
     steps: Milestones
     own: int
-    private_dirty: int
+    unique: int
 
 
 class Case(NamedTuple):

@@ -46,19 +46,22 @@ class Way(Protocol):
         """Leave nothing."""
 
 
-def private_dirty(pid: int | None) -> int:
-    """Bytes that a process wrote for itself alone; unlike its own (unique) set, no page of a file counts."""
+def anonymous(pid: int | None) -> int:
+    """Bytes of a process that belong to no file: what a clone takes from the host beside its baseline.
+
+    The unique set also counts the pages of a baseline's RAM file that only this clone happens to have mapped.
+    """
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Private_Dirty:"):
+        if line.startswith("Anonymous:"):
             return int(line.split()[1]) << 10
-    raise LabError(f"process {pid} has no Private_Dirty")
+    raise LabError(f"process {pid} has no anonymous memory")
 
 
 def _measured(machine: Incarnation, steps: Milestones) -> Reset:
     sample = sample_process(machine.pid or 0)
     if sample is None:
         raise LabError(f"{machine.domain} has no process right after its reset")
-    return Reset(steps, sample.own, private_dirty(machine.pid))
+    return Reset(steps, anonymous(machine.pid), sample.own)
 
 
 def _require_joined(machine: Incarnation) -> None:
