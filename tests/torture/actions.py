@@ -11,7 +11,7 @@ from collections.abc import Callable
 from appliance.cli.client import Client
 from appliance.errors import HotcellError
 from appliance.host.clock import WaitError, wait_until
-from appliance.service import BaselineView, CellView, ResetView
+from appliance.service import BaselineView, CellView, ExportView, ResetView
 from tests.torture.points import Point
 from tests.torture.rig import Job, Rig
 
@@ -81,6 +81,29 @@ def _snapshot(rig: Rig, point: Point) -> Acting:
     )
 
 
+def _export(rig: Rig, point: Point) -> Acting:
+    rig.up()
+    with rig.client() as client:
+        path = f"baselines/{rig.saved(client)}/export"
+    body = {"to": str(rig.exports / f"out-{point.number}")}
+    return Acting(job=rig.background(lambda c: c.post(ExportView, path, body)))
+
+
+def _import(rig: Rig, point: Point) -> Acting:
+    rig.up()
+    with rig.client() as client:
+        body = {"folder": str(rig.exported(client)), "name": f"snap-{point.number}"}
+    return Acting(job=rig.background(lambda c: c.post(BaselineView, "baselines/import", body)))
+
+
+def _delete(rig: Rig, point: Point) -> Acting:
+    rig.up()
+    with rig.client() as client:
+        body = {"folder": str(rig.exported(client)), "name": f"snap-{point.number}"}
+        name = client.post(BaselineView, "baselines/import", body).name
+    return Acting(job=rig.background(lambda c: c.delete(BaselineView, f"baselines/{name}")))
+
+
 def _close(rig: Rig, _point: Point) -> Acting:
     return _with_cell(rig, lambda c, cell: c.delete(CellView, f"cells/{cell}"))
 
@@ -116,5 +139,6 @@ def _at_event(rig: Rig, point: Point, scenario: str) -> Acting:
 
 _ACTIONS: dict[str, Callable[[Rig, Point], Acting]] = {
     "start": _start, "restart": _restart, "open": _open, "reset": _reset, "snapshot": _snapshot,
-    "close": _close, "baseline": _baseline, "trial": _trial, "seal": _trial,
+    "close": _close, "baseline": _baseline, "trial": _trial, "seal": _trial, "export": _export,
+    "import": _import, "delete": _delete,
 }  # fmt: skip

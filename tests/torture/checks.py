@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Collection
 from pathlib import Path
 
@@ -13,14 +14,14 @@ from appliance.errors import HotcellError
 from appliance.evidence.bundle import verify
 from appliance.evidence.keys import public_key, public_path
 from appliance.host.clock import WaitError, wait_until
-from appliance.service import CellView, ExecView, ResetView
+from appliance.service import BaselineView, CellView, ExecView, ResetView
 from tests.torture.rig import Rig
 
 _TRIAL_S = 400.0
 
 
 def _settled(rig: Rig, client: Client) -> list[str]:
-    """Every trial ends, every cell can be closed."""
+    """Every trial ends, every cell can be closed, what was saved can be deleted."""
     faults = []
     for trial in rig.trials(client).values():
         if not trial.state.ended:
@@ -31,7 +32,14 @@ def _settled(rig: Rig, client: Client) -> list[str]:
     for cell in client.get(list[CellView], "cells"):
         with contextlib.suppress(HotcellError):  # the sweep below tells what is left of it
             client.delete(CellView, f"cells/{cell.id}")
-    return faults + [f"cell {c.id} cannot be closed" for c in client.get(list[CellView], "cells")]
+    faults += [f"cell {c.id} cannot be closed" for c in client.get(list[CellView], "cells")]
+    for baseline in client.get(list[BaselineView], "baselines"):
+        if baseline.name.startswith("snap-"):
+            try:
+                client.delete(BaselineView, f"baselines/{baseline.name}")
+            except HotcellError as e:
+                faults.append(f"baseline {baseline.name} cannot be deleted: {e.message}")
+    return faults
 
 
 def _evidence(rig: Rig, client: Client, created: Collection[str], verified: set[str]) -> list[str]:
@@ -62,7 +70,15 @@ def after_point(rig: Rig, created: Collection[str], verified: set[str]) -> list[
         faults += [
             f"half-made baseline left: {p}" for p in rig.paths.baselines.iterdir() if p.name.startswith(".")
         ]
+        faults += _exports(rig)
         return faults + _evidence(rig, client, created, verified)
+
+
+def _exports(rig: Rig) -> list[str]:
+    """Half-written exports that are left; whole ones are the user's, and removed here."""
+    for folder in rig.exports.glob("out-*"):
+        shutil.rmtree(folder)
+    return [f"half-written export left: {p}" for p in rig.exports.iterdir() if p.name.startswith(".")]
 
 
 def works(rig: Rig, *, with_trial: bool) -> list[str]:

@@ -9,24 +9,28 @@ from typing import NamedTuple
 # What the laboratory is doing -> the seconds within which the strike falls, after the trigger.
 SCALES = {
     "start": 4.0, "restart": 3.0, "open": 6.0, "reset": 1.0, "snapshot": 8.0, "close": 1.0, "baseline": 25.0,
-    "trial": 1.0, "seal": 0.3, "build": 50.0,
+    "trial": 1.0, "seal": 0.3, "export": 5.0, "import": 5.0, "delete": 0.2, "build": 50.0,
 }  # fmt: skip
 # Journal entries after which a trial is struck: one for each transition that it writes down.
 TRIAL_EVENTS = (
     "queued", "resetting", "proved", "capture-confirmed", "seal-examined", "preflight", "started", "step",
     "stopping", "stopped", "probe", "origin-frozen",
 )  # fmt: skip
+TRANSFERS = ("export", "import", "delete")
 SEAL_EVENTS = ("collected", "scored", "sealed")
 # Who or what is struck -> (its share of the points, what the laboratory is doing meanwhile).
 KINDS: dict[str, tuple[int, tuple[str, ...]]] = {
-    "server": (30, ("start", "restart", "open", "reset", "snapshot", "close", "baseline", "trial", "trial", "seal")),
-    "server-and-warden": (12, ("open", "reset", "snapshot", "baseline", "trial", "trial", "seal")),
+    "server": (
+        30,
+        ("start", "restart", "open", "reset", "snapshot", "close", "baseline", "trial", "trial", "seal", *TRANSFERS),
+    ),
+    "server-and-warden": (12, ("open", "reset", "snapshot", "baseline", "trial", "trial", "seal", *TRANSFERS)),
     "warden": (12, ("open", "reset", "baseline", "trial", "trial", "seal")),
     "qemu": (16, ("open", "reset", "snapshot", "close", "baseline", "trial", "trial", "seal")),
     "tcpdump": (6, ("trial",)),
     "hang": (6, ("open", "reset", "trial")),
     "qga": (4, ("reset",)),
-    "disk-full": (6, ("open", "reset", "snapshot", "trial", "trial", "seal")),
+    "disk-full": (6, ("open", "reset", "snapshot", "import", "trial", "trial", "seal")),
     "read-only": (4, ("reset", "trial", "seal")),
     "clock": (4, ("reset", "trial")),
     "build": (0, ("build",)),

@@ -22,8 +22,10 @@ from appliance.errors import HotcellError
 from appliance.host.clock import wait_until
 from appliance.host.paths import Paths
 from appliance.service import (
+    BaselineView,
     CellRequest,
     CellView,
+    ExportView,
     HealthView,
     LimitOverrides,
     SweepView,
@@ -43,6 +45,8 @@ class Rig:
         self.paths = paths
         self.log = log
         self.clock = log.with_name("clock")
+        self.exports = log.with_name("exports")
+        self.exports.mkdir(exist_ok=True)
         self.server: subprocess.Popen[bytes] | None = None
         self.warden = 0
         self.life = 0
@@ -129,6 +133,18 @@ class Rig:
     def background(self, job: Callable[[Client], object]) -> Job:
         """Ask something in a thread."""
         return Job(self, job)
+
+    def saved(self, client: Client) -> str:
+        """The name of the target's own baseline."""
+        found = client.get(list[BaselineView], "baselines")
+        return next(b.name for b in found if b.name.startswith("target-1-"))
+
+    def exported(self, client: Client) -> Path:
+        """An export of it, made once."""
+        folder = self.exports / "whole"
+        if not folder.exists():
+            client.post(ExportView, f"baselines/{self.saved(client)}/export", {"to": str(folder)})
+        return folder
 
     def open_cell(self, client: Client) -> CellView:
         """A cell by hand."""
