@@ -1,9 +1,5 @@
 """The one door to libvirt. Typed, blocking, safe to call from several threads.
 
-The default is the embedded QEMU driver (https://libvirt.org/drvqemu.html#driver-instances): no daemon,
-all state below a root directory of ours, QEMU processes and taps in the namespace of this process.
-Only one process may hold a root; QEMU survives its death and the next ``open`` finds it again.
-
 libvirt waits for a QEMU's monitor without a limit of its own, so every call has one here. When it passes, the
 QEMU that was asked is killed by its pid, which also makes the call return in the thread it was left in.
 """
@@ -12,55 +8,31 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import threading
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Self, TypeVar
 
-# Read once, while the library is imported; by default every warning and every error, also those we expect
-# (a domain that is gone), goes to standard error. What goes wrong is raised to us anyway; to see libvirt's
-# own log, set the variable to e.g. "1:file:/tmp/libvirt.log".
-os.environ.setdefault("LIBVIRT_LOG_OUTPUTS", "4:file:/dev/null")
-
-import libvirt
-import libvirt_qemu
-
-from appliance.cell import processes, reaper
+from appliance.cell import processes
+from appliance.cell.libvirt_driver import libvirt, libvirt_qemu, open_driver
 from appliance.cell.limited import Limited, OverdueError
 from appliance.cell.port import Port
-from appliance.errors import ConflictError, GuestChannelError, HostError, LabError
+from appliance.errors import GuestChannelError, LabError
 from appliance.model import printable
 
 T = TypeVar("T")
-# libvirtd's defaults would try to drop root, label files and use private mount namespaces: all of that
-# belongs to a system daemon and fails or hides files here.
-_QEMU_CONF: Final = """\
-stdio_handler = "file"
-security_driver = "none"
-user = "root"
-group = "root"
-namespaces = []
-remember_owner = 0
-seccomp_sandbox = 1
-clear_emulator_capabilities = 0
-"""
 # Limits in seconds. None is ever reached by a libvirt that works: on two cores busy with guests, what takes
 # milliseconds was delayed by up to 2 s.
 QUERY_S: Final = 20.0  # answered from libvirt's own memory
 MONITOR_S: Final = 30.0  # QEMU answers in milliseconds; stopping it first waits for its writes to the disk
-START_S: Final = 120.0  # 0.4 s; libvirt gives QEMU 30 s and more, with its memory, to open the monitor
+START_S: Final = 120.0  # 0.1 s; libvirt gives QEMU 30 s and more, with its memory, to open the monitor
 DESTROY_S: Final = 60.0  # 2 s; libvirt asks for up to 15 s before it kills, and waits as long again
 AGENT_SLACK_S: Final = (
     45.0  # beyond the reply's own limit: 30 s for libvirt's lock of a domain, 5 s to find in step
 )
-OPEN_S: Final = 120.0  # 2 s; QEMU is started to be asked for its capabilities
 CLOSE_S: Final = 30.0
 OnHang = Callable[[str, str], None]
-_pump_lock = threading.Lock()
-_pump: threading.Thread | None = None
 
 
 class DomainState(StrEnum):
@@ -78,23 +50,6 @@ class DomainFact(NamedTuple):
     name: str
     owner: str
     pid: int | None
-
-
-def _start_pump() -> None:
-    global _pump  # libvirt's event loop is one per process by its own design
-    with _pump_lock:
-        if _pump is not None:
-            return
-        libvirt.virEventRegisterDefaultImpl()
-        # Without a handler libvirt writes every error to fd 2 as well.
-        libvirt.registerErrorHandler(lambda _ctx, _error: None, None)
-
-        def loop() -> None:
-            while True:
-                libvirt.virEventRunDefaultImpl()
-
-        _pump = threading.Thread(target=loop, name="libvirt-events", daemon=True)
-        _pump.start()
 
 
 class Libvirt:
@@ -121,29 +76,7 @@ class Libvirt:
             ConflictError: another process holds this root.
             HostError: the driver is missing, refuses to start, or does not come up within 120 s.
         """
-        etc = root / "etc"
-        etc.mkdir(parents=True, exist_ok=True, mode=0o700)
-        (etc / "qemu.conf").write_text(_QEMU_CONF)
-        _start_pump()
-        reaper.start()
-        try:
-            return cls(
-                Limited("libvirt-open").call(lambda: libvirt.open(f"qemu:///embed?root={root}"), OPEN_S), root
-            )
-        except OverdueError as e:
-            raise HostError(
-                f"libvirt's embedded QEMU driver did not open: {e}", hint="run `hotcell doctor`"
-            ) from e
-        except libvirt.libvirtError as e:
-            text = str(e)
-            if "pid file" in text or "lock" in text.lower():
-                raise ConflictError(
-                    f"another process already runs machines under {root}",
-                    hint="use the running server (`hotcell health`), or choose another --home",
-                ) from e
-            raise HostError(
-                f"libvirt's embedded QEMU driver did not open: {text}", hint="run `hotcell doctor`"
-            ) from e
+        return cls(open_driver(root), root)
 
     def close(self) -> None:
         """Close the connection. Domains keep running; the caller has ended them or means to keep them."""

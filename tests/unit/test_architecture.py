@@ -24,8 +24,8 @@ DOORS = {
     "subprocess": ("appliance/host/command.py",),
     "psutil": ("appliance/host/capacity.py",),
     "ansible_runner": ("appliance/build/",),
-    "libvirt": ("appliance/cell/libvirt_door.py",),
-    "libvirt_qemu": ("appliance/cell/libvirt_door.py",),
+    "libvirt": ("appliance/cell/libvirt_driver.py",),
+    "libvirt_qemu": ("appliance/cell/libvirt_driver.py",),
     "pyroute2": ("appliance/cell/netlink.py",),
     "dissect": ("appliance/evidence/",),
     # the warden reads the ledger by itself: it must work when everything else hangs
