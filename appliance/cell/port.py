@@ -15,6 +15,8 @@ from pathlib import Path
 from appliance.errors import GuestChannelError, GuestTamperError
 from appliance.model import printable
 
+_TAKE_S = 5.0
+
 
 class Port:
     """One open port. Not meant for parallel use.
@@ -25,7 +27,7 @@ class Port:
 
     def __init__(self, path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.settimeout(5)
+        self._socket.settimeout(_TAKE_S)
         try:
             self._socket.connect(str(path))
         except OSError as e:
@@ -39,6 +41,7 @@ class Port:
             GuestChannelError: the machine is gone, or took nothing for 5 s.
         """
         try:
+            self._socket.settimeout(_TAKE_S)
             self._socket.sendall(f"{line}\n".encode())
         except OSError as e:
             raise GuestChannelError(f"the port of a machine takes nothing: {e.strerror or e}") from e
