@@ -42,7 +42,7 @@ _PHASES = {
     "queued": "queue",
     "waiting": "queue",
     "resetting": "queue",
-    "baseline-making": "reset",
+    "baseline-making": "baseline",
     "baseline-made": "baseline",
     "proved": "reset",
     "machine-withheld": "reset",
@@ -100,6 +100,8 @@ def phases(entries: Sequence[JournalEntry]) -> dict[str, float]:
         phase = _PHASES.get(after.event, phase)
         if after.event == "probe" and after.fields.get("phase") == "before":
             phase = "preflight"
+        if after.event == "baseline-making" and not before.event.startswith("baseline"):
+            phase = "queue"  # the first one: until now the trial waited for its turn
         found[phase] = found.get(phase, 0.0) + max(0.0, after.at - before.at)
     return found
 

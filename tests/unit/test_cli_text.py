@@ -144,8 +144,11 @@ def test_phases_cover_the_whole_time() -> None:
     times = [
         ("queued", 0),
         ("waiting", 0.5),
-        ("resetting", 1),
+        ("baseline-making", 1),
+        ("baseline-making", 20),
+        ("baseline-made", 29),
         ("baseline-made", 31),
+        ("resetting", 31),
         ("proved", 32),
         ("capture-confirmed", 33),
         ("probe", 34),
