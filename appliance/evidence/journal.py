@@ -22,8 +22,6 @@ from pydantic import BaseModel, ValidationError
 from appliance.errors import EvidenceError
 from appliance.trial.records import JournalEntry
 
-_POLL_S = 0.1
-_CHUNK = 1 << 16
 # No entry of ours comes near; a line beyond it is not a journal's.
 MAX_LINE = 1 << 20
 
@@ -50,7 +48,7 @@ class Journal:
             raise _failure("opened", path, e) from e
         try:
             whole = self._next = 0
-            for _, length in _scan(path):
+            for _, length in scan_on(path):
                 self._next += 1
                 whole += length
             os.ftruncate(self._fd, whole)
@@ -109,42 +107,30 @@ def read(path: Path) -> tuple[JournalEntry, ...]:
 
 def scan(path: Path) -> Iterator[JournalEntry]:
     """As :func:`read`, one entry at a time: a chatty subject makes some ten thousand."""
-    return (entry for entry, _ in _scan(path))
+    return (entry for entry, _ in scan_on(path))
 
 
-def follow(
-    path: Path, from_seq: int = 0, stop: threading.Event | None = None, timeout: float | None = None
-) -> Iterator[JournalEntry]:
-    """Entries from ``from_seq`` on, also those written while we read.
+def scan_on(path: Path, offset: int = 0, seq: int = 0) -> Iterator[tuple[JournalEntry, int]]:
+    """Each whole entry from ``offset`` on, where entry ``seq`` begins, and the length in bytes of its line.
 
-    Ends when ``stop`` is set and everything written before that was yielded, or when ``timeout``
-    seconds pass without a new entry. The file may appear later.
+    Who follows a journal goes on where it was; from the beginning each time, ten thousand entries would be read anew
+    for every one that comes.
 
     Raises:
-        EvidenceError: a line is not an entry, or ``seq`` has a gap.
+        EvidenceError: the file cannot be read, a line is not an entry, or ``seq`` has a gap.
     """
-    rest, seq, offset = b"", 0, 0
-    quiet_since = time.monotonic()
-    while True:
-        last_round = stop is not None and stop.is_set()
-        chunk = _read_from(path, offset)
-        offset += len(chunk)
-        *lines, rest = (rest + chunk).split(b"\n")
-        if len(rest) > MAX_LINE:
-            raise _too_long(path, seq)
-        for line in lines:
-            entry = _entry(path, line, seq)
-            seq += 1
-            if entry.seq >= from_seq:
-                yield entry
-        if chunk:
-            quiet_since = time.monotonic()
-        elif last_round or (timeout is not None and time.monotonic() - quiet_since >= timeout):
-            return
-        elif stop is not None:
-            stop.wait(_POLL_S)
-        else:
-            time.sleep(_POLL_S)
+    try:
+        with path.open("rb") as f:
+            f.seek(offset)
+            while line := f.readline(MAX_LINE + 1):
+                if not line.endswith(b"\n"):
+                    if len(line) > MAX_LINE:
+                        raise _too_long(path, seq)
+                    return
+                yield _entry(path, line, seq), len(line)
+                seq += 1
+    except OSError as e:
+        raise _failure("read", path, e) from e
 
 
 def append_record(path: Path, record: BaseModel) -> None:
@@ -237,33 +223,6 @@ def _sync_directory(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _read_from(path: Path, offset: int) -> bytes:
-    try:
-        with path.open("rb") as f:
-            f.seek(offset)
-            return f.read(_CHUNK)
-    except FileNotFoundError:
-        return b""
-    except OSError as e:
-        raise _failure("read", path, e) from e
-
-
-def _scan(path: Path) -> Iterator[tuple[JournalEntry, int]]:
-    """Each whole entry, and the length in bytes of its line."""
-    seq = 0
-    try:
-        with path.open("rb") as f:
-            while line := f.readline(MAX_LINE + 1):
-                if not line.endswith(b"\n"):
-                    if len(line) > MAX_LINE:
-                        raise _too_long(path, seq)
-                    return
-                yield _entry(path, line, seq), len(line)
-                seq += 1
-    except OSError as e:
-        raise _failure("read", path, e) from e
 
 
 def _too_long(path: Path, seq: int) -> EvidenceError:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from itertools import islice
 from pathlib import Path
 
 from appliance.errors import EvidenceError, HotcellError
@@ -24,6 +23,7 @@ def follow(path_of: Callable[[], Path], ended: Callable[[], bool], seq: int) -> 
         EvidenceError: the trial has ended, and its journal cannot be read.
     """
     quiet, size = 0.0, -1
+    read, offset = 0, 0
     while True:
         over = ended()  # asked first: what was written before the end is then in the file
         found = 0
@@ -31,9 +31,10 @@ def follow(path_of: Callable[[], Path], ended: Callable[[], bool], seq: int) -> 
             path = path_of()
             now = path.stat().st_size
             if now != size:
-                for entry in islice(journal.scan(path), seq, None):
-                    seq, quiet, found = entry.seq + 1, 0.0, found + 1
-                    yield entry
+                for entry, length in journal.scan_on(path, offset, read):
+                    read, offset, quiet, found = read + 1, offset + length, 0.0, found + 1
+                    if entry.seq >= seq:
+                        yield entry
             size = now
         except (OSError, HotcellError) as e:
             if over:  # its folder has its last place

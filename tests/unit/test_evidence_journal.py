@@ -12,7 +12,7 @@ import pytest
 
 from appliance.errors import EvidenceError
 from appliance.evidence import journal
-from appliance.evidence.journal import Journal, append_record, follow, read, write_record
+from appliance.evidence.journal import Journal, append_record, read, scan_on, write_record
 from appliance.trial.records import Claim, ModelAnswer, ProofCheck
 
 
@@ -77,7 +77,7 @@ def test_a_torn_last_line_is_left_out_and_cut_off_on_opening(path: Path) -> None
 )
 def test_a_broken_journal_is_refused_everywhere(path: Path, lines: str, says: str) -> None:
     path.write_text(lines)
-    for use in (lambda: read(path), lambda: Journal(path), lambda: list(follow(path, timeout=0))):
+    for use in (lambda: read(path), lambda: Journal(path)):
         with pytest.raises(EvidenceError, match=says):
             use()
 
@@ -87,8 +87,6 @@ def test_a_line_without_end_is_refused(path: Path, monkeypatch: pytest.MonkeyPat
     path.write_bytes(b"x" * 500)
     with pytest.raises(EvidenceError, match="longer than 100"):
         read(path)
-    with pytest.raises(EvidenceError, match="longer than 100"):
-        list(follow(path, timeout=0))
 
 
 def test_a_failed_write_is_an_evidence_error_and_ends_the_journal(
@@ -123,30 +121,18 @@ def test_a_real_full_disk_is_an_evidence_error(tmp_path: Path) -> None:
         Journal(tmp_path / "missing" / "journal.jsonl")
 
 
-def test_following_sees_what_is_written_meanwhile(path: Path) -> None:
-    stop = threading.Event()
-    seen: list[int] = []
-
-    def reader() -> None:
-        seen.extend(e.seq for e in follow(path, from_seq=2, stop=stop, timeout=20))
-
-    thread = threading.Thread(target=reader)
-    thread.start()
+def test_reading_goes_on_where_it_was(path: Path) -> None:
     with Journal(path) as j:
-        for _ in range(30):
-            j.write("e", text="y" * 5000)
-        with path.open("ab") as torn:
-            torn.write(b'{"seq": 30')
-        stop.set()
-        thread.join(10)
-    assert not thread.is_alive()
-    assert seen == list(range(2, 30))
-
-
-def test_following_ends_after_a_quiet_time(path: Path) -> None:
-    begin = time.monotonic()
-    assert list(follow(path, timeout=0.2)) == []
-    assert 0.1 < time.monotonic() - begin < 5
+        for n in range(3):
+            j.write(f"e{n}")
+        first = list(scan_on(path))
+        offset = sum(length for _, length in first)
+        assert offset == path.stat().st_size
+        assert list(scan_on(path, offset, 3)) == []
+        j.write("e3")
+    assert [e.event for e, _ in scan_on(path, offset, 3)] == ["e3"]
+    with pytest.raises(EvidenceError, match="line 5 has seq 3, expected 4"):
+        list(scan_on(path, offset, 4))
 
 
 def test_records_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
