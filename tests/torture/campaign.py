@@ -106,14 +106,18 @@ class Campaign:
                 faults += checks.nothing_runs(self.rig, _CUT_S)
             else:
                 self.rig.stop()
-            self.rig.clock.unlink(missing_ok=True)
-            if self.disk is not None:
-                if self.disk.read_only:
-                    self.disk.repair()
-                self.disk.empty()
-            self.rig.forget("snap-*")
+            self._put_right()
         self.rig.up()
         return faults
+
+    def _put_right(self) -> None:
+        """Give the disk back and set the clock, while no server runs."""
+        self.rig.clock.unlink(missing_ok=True)
+        if self.disk is not None:
+            if self.disk.read_only:
+                self.disk.repair()
+            self.disk.empty()
+        self.rig.forget("snap-*")
 
     def _refuses(self) -> list[str]:
         with self.rig.client() as client:
@@ -148,6 +152,7 @@ class Campaign:
         except (RuntimeError, HotcellError, OSError) as e:
             result.faults.append(f"stopping it: {e}")
             self.rig.kill()
+        self._put_right()
 
     def finish(self) -> list[str]:
         """Stop the server as a user does; what must hold then."""

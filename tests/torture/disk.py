@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 from pathlib import Path
@@ -12,6 +13,9 @@ def _run(*argv: str | os.PathLike[str], check: bool = True) -> str:
     if check and done.returncode != 0:
         raise RuntimeError(f"{' '.join(map(str, argv))}: {done.stderr.strip()}")
     return done.stdout.strip()
+
+
+_TRIES = 20
 
 
 class LoopDisk:
@@ -45,12 +49,18 @@ class LoopDisk:
             _run("umount", self.folder)
 
     def fill(self, leave: int) -> None:
-        """Leave at most ``leave`` bytes free."""
-        free = os.statvfs(self.folder)
-        amount = free.f_bavail * free.f_frsize - leave
-        if amount > 0:
-            with self._filler.open("wb") as f:
-                os.posix_fallocate(f.fileno(), 0, amount)
+        """Leave at most ``leave`` bytes free, whoever else writes here meanwhile."""
+        with self._filler.open("ab") as f:
+            for _ in range(_TRIES):
+                free = os.statvfs(self.folder)
+                amount = free.f_bavail * free.f_frsize - leave
+                if amount <= 0:
+                    return
+                try:
+                    os.posix_fallocate(f.fileno(), f.seek(0, os.SEEK_END), amount)
+                except OSError as e:
+                    if e.errno != errno.ENOSPC:  # somebody was quicker; what is free now is asked again
+                        raise
 
     def empty(self) -> None:
         """Give the space back."""
