@@ -39,6 +39,10 @@ class Archive:
     def folder(self, trial_id: str) -> Path:
         """Where its files are now, open or sealed."""
         queries.get(self._store, trial_id)
+        return self.place(trial_id)
+
+    def place(self, trial_id: str) -> Path:
+        """As :meth:`folder`, of a trial that is known to exist."""
         sealed = self._paths.bundles / trial_id
         return sealed if sealed.exists() else self._paths.open_trials / trial_id
 

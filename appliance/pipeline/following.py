@@ -12,6 +12,7 @@ from appliance.trial.records import JournalEntry
 
 _POLL_S = 0.2
 _QUIET_S = 1.0
+_ASK_S = 1.0
 
 
 def follow(path_of: Callable[[], Path], ended: Callable[[], bool], seq: int) -> Iterator[JournalEntry | None]:
@@ -47,6 +48,23 @@ def follow(path_of: Callable[[], Path], ended: Callable[[], bool], seq: int) -> 
         if quiet >= _QUIET_S:
             quiet = 0.0
             yield None
+
+
+def seldom(folder: Path, ended: Callable[[], bool]) -> Callable[[], bool]:
+    """``ended``, asked once a second only while ``folder`` is there, the open one of a trial.
+
+    A query of the store takes some 3 ms: five a second would be a good part of what the control process may take.
+    """
+    asked = float("-inf")
+
+    def look() -> bool:
+        nonlocal asked
+        if folder.exists() and time.monotonic() - asked < _ASK_S:
+            return False
+        asked = time.monotonic()
+        return ended()
+
+    return look
 
 
 def _unreadable(e: OSError | HotcellError) -> EvidenceError:

@@ -21,7 +21,7 @@ from appliance.pipeline.archive import Archive
 from appliance.pipeline.baselines import BaselineDesk
 from appliance.pipeline.cells import CellDesk
 from appliance.pipeline.conduct import Bench
-from appliance.pipeline.following import follow
+from appliance.pipeline.following import follow, seldom
 from appliance.pipeline.grants import Grants
 from appliance.pipeline.process import seal_facts
 from appliance.pipeline.switches import Switches
@@ -201,8 +201,10 @@ class Lab:
         store = self._bench.store
         queries.get(store, trial_id)
         return follow(
-            lambda: self._archive.folder(trial_id) / records.JOURNAL,
-            lambda: queries.get(store, trial_id).state.ended,
+            lambda: self._archive.place(trial_id) / records.JOURNAL,
+            seldom(
+                self._bench.paths.open_trials / trial_id, lambda: queries.get(store, trial_id).state.ended
+            ),
             from_seq,
         )
 

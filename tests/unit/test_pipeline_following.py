@@ -11,7 +11,7 @@ import pytest
 from appliance.errors import EvidenceError
 from appliance.evidence.journal import Journal
 from appliance.pipeline import following
-from appliance.pipeline.following import follow
+from appliance.pipeline.following import follow, seldom
 
 
 @pytest.fixture(autouse=True)
@@ -83,3 +83,19 @@ def test_a_torn_line_is_not_shown_before_it_is_whole(tmp_path: Path) -> None:
     with (tmp_path / "j").open("ab") as f:
         f.write(b'{"seq":1,"at":1.0,"event":"to')
     assert [e.event for e in follow(lambda: tmp_path / "j", lambda: True, 0) if e] == ["whole"]
+
+
+def test_while_a_trial_is_open_its_state_is_asked_for_seldom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+    look = seldom(tmp_path / "open", lambda: bool(asked.append(0)) or len(asked) >= 3)
+    (tmp_path / "open").mkdir()
+    assert [look(), look(), look()] == [False] * 3
+    assert len(asked) == 1
+    monkeypatch.setattr(following, "_ASK_S", 0.0)
+    assert not look()
+    assert len(asked) == 2, "its folder may stay where it is for ever"
+    monkeypatch.setattr(following, "_ASK_S", 60.0)
+    (tmp_path / "open").rmdir()
+    assert look(), "once it is sealed every look asks"
