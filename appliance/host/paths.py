@@ -133,14 +133,17 @@ class Paths:
 
 
 def default_paths(home: Path | None = None, cache: Path | None = None) -> Paths:
-    """Paths from arguments, else environment, else the defaults.
+    """Paths from arguments, else environment, else the defaults. A variable that is empty counts as unset.
+
+    A relative ``XDG_CACHE_HOME`` is ignored, as the XDG base directory specification wants it.
 
     Raises:
         ConfigError: the home path is too long for unix sockets below it.
     """
-    h = (home or Path(os.environ.get("HOTCELL_HOME", "/var/lib/hotcell"))).absolute()
-    xdg = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    c = (cache or Path(os.environ.get("HOTCELL_CACHE", xdg / "hotcell"))).absolute()
+    h = (home or Path(os.environ.get("HOTCELL_HOME") or "/var/lib/hotcell")).absolute()
+    xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    caches = xdg if xdg.is_absolute() else Path.home() / ".cache"
+    c = (cache or Path(os.environ.get("HOTCELL_CACHE") or caches / "hotcell")).absolute()
     if len(os.fspath(h)) > _MAX_HOME:
         raise ConfigError(
             f"home path is {len(os.fspath(h))} characters long, at most {_MAX_HOME} are allowed: {h}",

@@ -122,6 +122,27 @@ def test_paths_from_arguments_then_environment(monkeypatch: pytest.MonkeyPatch, 
     assert default_paths(Path("/a"), Path("/b")) == Paths(Path("/a"), Path("/b"))
 
 
+@pytest.mark.parametrize(
+    ("caches", "cache"),
+    [
+        (None, "/root/.cache/hotcell"),
+        ("", "/root/.cache/hotcell"),
+        ("x", "/root/.cache/hotcell"),
+        ("/x", "/x/hotcell"),
+    ],
+)
+def test_an_empty_variable_counts_as_unset_and_a_relative_cache_as_none(
+    monkeypatch: pytest.MonkeyPatch, caches: str | None, cache: str
+) -> None:
+    for name in ("HOTCELL_HOME", "HOTCELL_CACHE"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("HOME", "/root")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if caches is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", caches)
+    assert default_paths() == Paths(Path("/var/lib/hotcell"), Path(cache))
+
+
 def test_a_home_too_long_for_sockets_is_refused() -> None:
     with pytest.raises(ConfigError, match="at most 46"):
         default_paths(Path("/" + "x" * 60), Path("/c"))
