@@ -20,7 +20,7 @@ os.environ.setdefault("LIBVIRT_LOG_OUTPUTS", "4:file:/dev/null")
 import libvirt
 import libvirt_qemu
 
-from appliance.cell import reaper
+from appliance.cell import libvirt_status, reaper
 from appliance.cell.limited import Limited, OverdueError
 from appliance.errors import ConflictError, HostError
 
@@ -52,6 +52,7 @@ def open_driver(root: Path) -> Any:
     etc = root / "etc"
     etc.mkdir(parents=True, exist_ok=True, mode=0o700)
     (etc / "qemu.conf").write_text(_QEMU_CONF)
+    libvirt_status.put_right(root)
     _start_pump()
     reaper.start()
     try:
