@@ -168,8 +168,16 @@ class Cell:
         if plug:
             self._plug([r.machine for r in renewals])
         if len(renewals) == 1:
-            return [self._wake(renewals[0], baselines[0], began)]
-        return _side_by_side(lambda n: self._wake(renewals[n], baselines[n], began), range(len(renewals)))
+            woken = [self._wake(renewals[0], baselines[0], began)]
+        else:
+            woken = _side_by_side(
+                lambda n: self._wake(renewals[n], baselines[n], began), range(len(renewals))
+            )
+        for before, after in zip(renewals, woken, strict=True):
+            if after.machine is not before.machine:
+                for proof in (*after.withheld, after.proof):
+                    on_proof(proof)
+        return woken
 
     def _fresh(self, baseline: Baseline, began: float) -> Renewal:
         """A proved machine: a standby, or restored now. After two failed proofs the last one is returned."""
@@ -179,6 +187,10 @@ class Cell:
             self._enter(standby.machine)
             self._roster.proved(baseline)
             return Renewal(standby.machine, standby.proof, "", (), 0.0, 0.0)
+        return self._restored(baseline, began, why)
+
+    def _restored(self, baseline: Baseline, began: float, why: str) -> Renewal:
+        """As :meth:`_fresh`, of a machine that is restored now, because of ``why``."""
         withheld: list[Proof] = []
         while True:
             start = time.monotonic() if withheld else began
@@ -212,16 +224,39 @@ class Cell:
             raise LabError(f"cell {self.id} was cut for good; nothing is plugged into it again")
 
     def _wake(self, renewal: Renewal, baseline: Baseline, began: float) -> Renewal:
-        """Let a standby run and set its clock; a machine that was restored now did both in its proof."""
+        """Let a standby run and set its clock; a machine that was restored now did both in its proof.
+
+        Raises:
+            ResetError: it did not wake, and what was restored in its place was withheld.
+        """
+        if renewal.direct_because:
+            took = time.monotonic() - began
+            return renewal._replace(answered_s=took, seconds=took)
         machine = renewal.machine
-        if not renewal.direct_because:
+        try:
             machine.resume()
             if not machine.qga.ping(_WAKE_S):
                 raise GuestChannelError(f"{machine.name} of {self.id} does not answer after it stood by")
-        answered = time.monotonic() - began
-        if not renewal.direct_because:
+            answered = time.monotonic() - began
             set_clock(machine, baseline)
+        except HotcellError as e:
+            return self._replace(machine, baseline, began, f"withheld: {e.message}")
         return renewal._replace(answered_s=answered, seconds=time.monotonic() - began)
+
+    def _replace(self, machine: Incarnation, baseline: Baseline, began: float, why: str) -> Renewal:
+        """A machine restored now in the place of one that did not wake, plugged if that one was."""
+        plugged = machine.plugged
+        self._retire([machine])
+        renewal = self._restored(baseline, began, why)
+        if not renewal.proof.proved:
+            raise ResetError(
+                f"withheld: {machine.name} ({why}), and what replaced it ({renewal.proof.failures})",
+                hint="the machines were destroyed; the baseline is checked before its next use",
+            )
+        if plugged:
+            self._plug([renewal.machine])
+        took = time.monotonic() - began
+        return renewal._replace(answered_s=took, seconds=took)
 
     # -- links ------------------------------------------------------------------------------------------
 

@@ -13,7 +13,8 @@ from appliance.cell.cell import Cell
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.ledger import Kind
 from appliance.cell.libvirt_door import DomainState
-from appliance.cell.standby import STANDBY, StandbyPool
+from appliance.cell.proof import Check, Proof
+from appliance.cell.standby import STANDBY, Standby, StandbyPool
 from appliance.errors import LabError, ResetError
 
 WAIT_S = 10
@@ -241,7 +242,58 @@ def test_a_ledger_without_its_rows_keeps_it_from_being_handed_over(h: Host, pool
     assert h.ledger.things(owner="c1") == [], "all rows change hands, or none"
 
 
-def test_a_standby_that_does_not_wake_is_an_error(h: Host, pool: StandbyPool) -> None:
+@pytest.mark.parametrize("plugged", [True, False])
+def test_one_that_does_not_wake_is_replaced(
+    h: Host, pool: StandbyPool, monkeypatch: pytest.MonkeyPatch, plugged: bool
+) -> None:
+    """Its QEMU may have been stopped or killed since it was looked at."""
+
+    def hangs() -> None:
+        raise LabError("no answer within 30 s")
+
+    c, told = Cell("c1", h.shop, pool), list[Proof]()
+    c.open()
+    if plugged:
+        c.restore_all([h.baseline("origin")], lambda _p: None)
+        c.plug_all()
+    pool.keep("c1", [h.baseline("origin")])
+    assert pool.wait_ready(WAIT_S)
+    waiting = pool.ready()[h.baseline("origin").id]
+    monkeypatch.setattr(waiting, "resume", hangs)
+    renew = c.reset if plugged else c.restore_all
+    done = renew([h.baseline("origin")], told.append)[0]
+    assert done.direct_because == "withheld: no answer within 30 s"
+    assert c.machine("origin") is done.machine is not waiting
+    assert [p.incarnation for p in told] == [waiting.id, done.machine.id], "every proof is told"
+    assert done.machine.plugged is plugged
+    assert waiting.spec.tap not in h.net.plugged
+    c.close()
+    pool.close()
+    assert h.left == []
+
+
+def test_nor_may_what_replaces_it_be_unproved(h: Host, pool: StandbyPool) -> None:
+    c = cell(h, pool, "origin")
+    pool.keep("c1", [h.baseline("origin")])
+    assert pool.wait_ready(WAIT_S)
+    waiting = pool.ready()[h.baseline("origin").id]
+    h.unproved = {"origin"}
+    h.libvirt.domains.pop(waiting.domain)
+    pool.take = lambda _b, _c: (Standby(waiting, h.baseline("origin"), proved(waiting)), "")  # type: ignore
+    with pytest.raises(ResetError, match=r"withheld: origin .*, and what replaced it \(RAM holds"):
+        c.reset([h.baseline("origin")], lambda _p: None)
+    assert h.net.plugged == {}
+    h.unproved = set()
+    c.close()
+
+
+def proved(machine: Incarnation) -> Proof:
+    """A proof that it passed."""
+    check = Check(name="x", passed=True, expected="", found="")
+    return Proof(machine=machine.name, incarnation=machine.id, baseline="b", seconds=0, checks=(check,))
+
+
+def test_if_nothing_can_be_resumed_that_is_an_error(h: Host, pool: StandbyPool) -> None:
     c = cell(h, pool, "origin")
     pool.keep("c1", [h.baseline("origin")])
     assert pool.wait_ready(WAIT_S)
