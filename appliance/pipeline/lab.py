@@ -244,4 +244,7 @@ class Lab:
         with self._lock:
             closed, self._closed = self._closed, True
         if not closed:
-            self._switches.end()
+            try:
+                self._switches.end()
+            finally:
+                self._bench.store.close()

@@ -61,8 +61,10 @@ def open_laboratory(paths: Paths, settings: HostSettings) -> Lab:
         """Bridges and taps that have an owner: open cells, templates in the making, standbys."""
         return links_of(ledger, set(cells) | shelf.cells_in_use() | standbys.in_use)
 
+    store = Store(paths.database)
+    store.hold()
     bench = Bench(
-        paths, shop, shelf, Store(paths.database), signing_key(paths.signing_key), host_namespace, known_links,
+        paths, shop, shelf, store, signing_key(paths.signing_key), host_namespace, known_links,
         standbys,
     )  # fmt: skip
     tell_recovered(paths, recover(bench))

@@ -79,6 +79,28 @@ class Store:
         self.path = path
         self._prepared = False
         self._lock = threading.Lock()
+        self._held: sqlite3.Connection | None = None
+
+    def hold(self) -> None:
+        """Keep the database open until :meth:`close`, for a process that has to answer on a full disk too.
+
+        The last connection that closes takes the shared memory of the log with it; on a full disk the next cannot
+        make it anew, and then nothing can even be read.
+
+        Raises:
+            LabError: the file cannot be opened, read or written, or is no database.
+        """
+        with self.connect(), self._lock:
+            if self._held is None:
+                self._held = sqlite3.connect(self.path, check_same_thread=False)
+                self._held.execute("SELECT count(*) FROM sqlite_master").fetchone()
+
+    def close(self) -> None:
+        """Let go of what :meth:`hold` holds; blocks may go on."""
+        with self._lock:
+            held, self._held = self._held, None
+        if held is not None:
+            held.close()
 
     @contextmanager
     def connect(self) -> Iterator[Database]:

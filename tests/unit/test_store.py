@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -227,3 +229,27 @@ def test_another_keys_bundles_are_not_indexed(tmp_path: Path, store: Store) -> N
     make_bundle(tmp_path, 1)
     report = reindex(store, tmp_path / "bundles", Ed25519PrivateKey.generate().public_key())
     assert (report.indexed, len(report.skipped)) == (0, 1)
+
+
+_FULL = """
+import resource, signal, sys
+from pathlib import Path
+from appliance.store.database import Store
+from appliance.store import queries
+store = Store(Path(sys.argv[1]))
+store.hold() if sys.argv[2] == "held" else queries.trials(store)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+queries.trials(store)
+store.close()
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "says"), [("held", ""), ("not held", "the index is not usable: disk I/O error")]
+)
+def test_a_full_disk_can_be_read_if_the_index_is_held(tmp_path: Path, how: str, says: str) -> None:
+    """A process that may not let a file grow, as on a full disk; without holding, the trap is there."""
+    argv = [sys.executable, "-c", _FULL, str(tmp_path / "hotcell.db"), how]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert (says in done.stderr) if says else (done.returncode == 0), done.stderr
