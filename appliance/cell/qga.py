@@ -180,29 +180,18 @@ class Qga:
         Raises:
             GuestChannelError: the guest refused, or the file could not be given its mode and owner.
         """
-        self._put(path, "w", data)
+        with self._opened(path, "w") as handle:
+            for start in range(0, len(data), _CHUNK):
+                piece = base64.b64encode(data[start : start + _CHUNK]).decode()
+                written = self.call("guest-file-write", _WRITTEN, {"handle": handle, "buf-b64": piece}).count
+                if written != len(data[start : start + _CHUNK]):
+                    raise GuestChannelError(f"{self._machine}: {path} was not written whole; a full disk?")
         for argv in (["/bin/chmod", f"{mode:o}", path], ["/bin/chown", owner, path]):
             done = self.exec(argv)
             if done.rc != 0:
                 raise GuestChannelError(
                     f"{self._machine}: {argv[0]} {path}: {printable(done.stderr.decode(errors='replace'))}"
                 )
-
-    def send(self, path: str, data: bytes) -> None:
-        """Write to a named pipe; one that nobody reads takes 64 KiB and does not wedge the agent.
-
-        Raises:
-            GuestChannelError: there is none, or the guest refused.
-        """
-        self._put(path, "r+", data)  # for writing only, the agent would wait in open() for a reader
-
-    def _put(self, path: str, mode: str, data: bytes) -> None:
-        with self._opened(path, mode) as handle:
-            for start in range(0, len(data), _CHUNK):
-                piece = base64.b64encode(data[start : start + _CHUNK]).decode()
-                written = self.call("guest-file-write", _WRITTEN, {"handle": handle, "buf-b64": piece}).count
-                if written != len(data[start : start + _CHUNK]):
-                    raise GuestChannelError(f"{self._machine}: {path} was not written whole; a full disk?")
 
     def read_file(self, path: str, limit: int) -> bytes:
         """The first ``limit`` bytes of a file.
