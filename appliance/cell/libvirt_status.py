@@ -29,10 +29,9 @@ def put_right(root: Path) -> list[str]:
     Raises:
         OSError: a status cannot be read or written.
     """
-    folder = root / "run" / "qemu"
-    if not list(_wrong(root)):
+    if not any(_wrong(root)):
         return []
-    with _held(folder / "driver.pid") as ours:
+    with _held(root / "run" / "qemu" / "driver.pid") as ours:
         changed = list(_wrong(root)) if ours else []
         for path, content in changed:
             _replace(path, content)
@@ -41,8 +40,9 @@ def put_right(root: Path) -> list[str]:
 
 def _wrong(root: Path) -> Iterator[tuple[Path, bytes]]:
     """Each status that names another process than its QEMU, with what it should be."""
-    alive = processes.qemu_below(root)
-    for path in sorted((root / "run" / "qemu").glob("*.xml")):
+    written = sorted((root / "run" / "qemu").glob("*.xml"))
+    alive = processes.qemu_below(root) if written else []
+    for path in written:
         text = path.read_bytes()
         pid = next((p.pid for p in alive if processes.is_domain(p, path.stem)), NOBODY)
         right = _PID.sub(rb"\g<1>%d\g<3>" % pid, text, count=1)
