@@ -78,7 +78,7 @@ class Incarnation:
             GuestChannelError: nobody listens there.
         """
         if self._port is None:
-            self._port = self._libvirt.open_port(self.spec.domain, self.spec.proof_socket)
+            self._port = self._libvirt.open_port(self.spec.proof_socket)
         return self._port
 
     def hang_up(self) -> None:

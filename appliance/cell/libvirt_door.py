@@ -207,7 +207,7 @@ class Libvirt:
             verb = f"refused {json.loads(request)['execute']}" if refused else "does not answer"
             raise GuestChannelError(f"the qga of {name} {verb}: {printable(str(e), 300)}", domain=name) from e
 
-    def open_port(self, name: str, path: Path) -> Port:  # noqa: ARG002 - whose it is, for doors without sockets
+    def open_port(self, path: Path) -> Port:
         """The host's end of a domain's port that lies at ``path``.
 
         Raises:

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 from appliance.cell import isolation, netlink, proof
-from appliance.cell.domain import OWNER_NS, DomainSpec
+from appliance.cell.domain import OWNER_NS, PROOF_PORT, DomainSpec
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.ledger import Ledger
 from appliance.cell.libvirt_door import DomainFact, DomainState
@@ -293,6 +293,7 @@ class FakeLibvirt:
         self.done: list[tuple[str, str]] = []
         self.closed = False
         self._machine: dict[str, str] = {}
+        self._ports: dict[Path, str] = {}
 
     def guest(self, machine: str) -> FakeGuest:
         """The guest of the machine of that name, in whatever incarnation."""
@@ -312,6 +313,10 @@ class FakeLibvirt:
         owner = tree.find(f"metadata/{{{OWNER_NS}}}owner")
         assert owner is not None
         self._machine[name] = owner.get("machine", "")
+        for channel in tree.iterfind("devices/channel"):
+            source, target = channel.find("source"), channel.find("target")
+            if source is not None and target is not None and target.get("name") == PROOF_PORT:
+                self._ports[Path(source.get("path", ""))] = name
         self._do("start", name)
         self.owners[name] = owner.text or ""
         self.domains[name] = DomainState.PAUSED if paused else DomainState.RUNNING
@@ -365,9 +370,10 @@ class FakeLibvirt:
             raise GuestChannelError(f"the qga of {name} does not answer: reply too large")
         return reply
 
-    def open_port(self, name: str, path: Path) -> Any:
+    def open_port(self, path: Path) -> Any:
+        name = self._ports.get(path, "")
         if name not in self.domains:
-            raise GuestChannelError(f"the port {path} cannot be opened: no {name}")
+            raise GuestChannelError(f"the port {path} cannot be opened: nobody listens")
         return FakePort(self.guests[self._machine[name]])
 
     def versions(self) -> dict[str, str]:
