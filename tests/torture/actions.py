@@ -89,18 +89,22 @@ def _export(rig: Rig, point: Point) -> Acting:
     return Acting(job=rig.background(lambda c: c.post(ExportView, path, body)))
 
 
+def _take_in(rig: Rig, client: Client, point: Point) -> BaselineView:
+    body = {"folder": str(rig.exported(client)), "name": f"snap-{point.number}"}
+    return client.post(BaselineView, "baselines/import", body)
+
+
 def _import(rig: Rig, point: Point) -> Acting:
     rig.up()
     with rig.client() as client:
-        body = {"folder": str(rig.exported(client)), "name": f"snap-{point.number}"}
-    return Acting(job=rig.background(lambda c: c.post(BaselineView, "baselines/import", body)))
+        rig.exported(client)
+    return Acting(job=rig.background(lambda c: _take_in(rig, c, point)))
 
 
 def _delete(rig: Rig, point: Point) -> Acting:
     rig.up()
     with rig.client() as client:
-        body = {"folder": str(rig.exported(client)), "name": f"snap-{point.number}"}
-        name = client.post(BaselineView, "baselines/import", body).name
+        name = _take_in(rig, client, point).name
     return Acting(job=rig.background(lambda c: c.delete(BaselineView, f"baselines/{name}")))
 
 

@@ -7,15 +7,14 @@ import os
 import subprocess
 from pathlib import Path
 
+_TRIES = 20
+
 
 def _run(*argv: str | os.PathLike[str], check: bool = True) -> str:
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     if check and done.returncode != 0:
         raise RuntimeError(f"{' '.join(map(str, argv))}: {done.stderr.strip()}")
     return done.stdout.strip()
-
-
-_TRIES = 20
 
 
 class LoopDisk:
@@ -58,8 +57,10 @@ class LoopDisk:
                     return
                 try:
                     os.posix_fallocate(f.fileno(), f.seek(0, os.SEEK_END), amount)
-                except OSError as e:
-                    if e.errno != errno.ENOSPC:  # somebody was quicker; what is free now is asked again
+                except (
+                    OSError
+                ) as e:  # out of space: somebody was quicker, and what is free now is asked again
+                    if e.errno != errno.ENOSPC:
                         raise
 
     def empty(self) -> None:
