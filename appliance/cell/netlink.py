@@ -10,6 +10,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import socket
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -170,17 +171,13 @@ def unplug(tap: str) -> None:
     """Cut a machine off: its tap leaves the bridge and goes down. A tap that is gone is cut already."""
     with _route(f"unplug {tap}") as ip:
         index = _find(ip, tap)
-        if index is not None:
-            _gone_is_fine(ip, index, master=0)
-            _gone_is_fine(ip, index, state="down")
-
-
-def _gone_is_fine(ip: Any, index: int, **change: object) -> None:
-    try:
-        ip.link("set", index=index, **change)
-    except NetlinkError as e:
-        if e.code != errno.ENODEV:
-            raise
+        if index is None:
+            return
+        try:
+            ip.link("set", index=index, master=0, state="down")
+        except NetlinkError as e:
+            if e.code != errno.ENODEV:
+                raise
 
 
 def plug(tap: str, bridge: str) -> None:
@@ -191,11 +188,12 @@ def plug(tap: str, bridge: str) -> None:
     """
     with _route(f"plug {tap} into {bridge}") as ip:
         _without_ipv6(tap)
-        ip.link("set", index=_index(ip, tap), master=_index(ip, bridge))
-        ip.link("set", index=_index(ip, tap), state="up")
+        ip.link("set", index=_index(ip, tap), master=_index(ip, bridge), state="up")
 
 
 def _find(ip: Any, name: str) -> int | None:
+    with contextlib.suppress(OSError):  # whatever it is: only netlink's word counts for "there is none"
+        return socket.if_nametoindex(name)  # 0.006 ms instead of 0.5
     found = ip.link_lookup(ifname=name)
     return int(found[0]) if found else None
 
