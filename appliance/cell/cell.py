@@ -10,38 +10,23 @@ from __future__ import annotations
 import concurrent.futures
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext, suppress
 from typing import NamedTuple, TypeVar
 
-from appliance.cell.baseline import Baseline, Workshop, prove, restore, set_clock
+from appliance.cell.baseline import Baseline, Workshop, prove, restore, wake
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.proof import Proof
+from appliance.cell.renewal import OnProof, Renewal, require_proved
 from appliance.cell.roster import Roster
 from appliance.cell.segment import Segment
 from appliance.cell.standby import StandbyPool
-from appliance.errors import GuestChannelError, HotcellError, LabError, ResetError
+from appliance.errors import HotcellError, LabError
 
 T = TypeVar("T")
 R = TypeVar("R")
-OnProof = Callable[[Proof], None]
 _ATTEMPTS = 2
-_WAKE_S = 10
-
-
-class Renewal(NamedTuple):
-    """How one machine came to its new incarnation. Seconds from the request.
-
-    ``direct_because`` is "" if a standby was taken. ``withheld`` are proofs of machines that were destroyed
-    for it; ``answered_s`` is when the guest answered, ``seconds`` when its clock was set too.
-    """
-
-    machine: Incarnation
-    proof: Proof
-    direct_because: str
-    withheld: tuple[Proof, ...]
-    answered_s: float
-    seconds: float
+_HEAD_START_S = 2.0
 
 
 class Cut(NamedTuple):
@@ -135,13 +120,18 @@ class Cell:
         only when each is proved. The old ones end in the background.
 
         Raises:
-            ResetError: a machine and its replacement were withheld; none of the group is plugged.
+            ResetError: a machine and its replacement were withheld. On this and any other error none of the
+                group is plugged.
             LabError: a link was not cut, the cell was condemned, or libvirt, QEMU or a guest refused.
         """
-        began = time.monotonic()
-        machines = self.machines
-        self._retire([machines[b.machine.name] for b in baselines if b.machine.name in machines])
-        return self._renew(baselines, on_proof, began, plug=True)
+        began, renewed = time.monotonic(), threading.Event()
+        names = {b.machine.name for b in baselines}
+        with self._pool.undisturbed() if self._pool else nullcontext():
+            try:
+                self._retire([m for name, m in self.machines.items() if name in names], renewed)
+                return self._renew(baselines, on_proof, began, plug=True)
+            finally:
+                renewed.set()
 
     def _renew(
         self, baselines: Sequence[Baseline], on_proof: OnProof, began: float, *, plug: bool
@@ -152,31 +142,19 @@ class Cell:
             renewals = [self._fresh(baselines[0], began)]
         else:
             renewals = _side_by_side(lambda b: self._fresh(b, began), baselines)
-        for renewal in renewals:
-            for proof in renewal.withheld:
-                on_proof(proof)
-            if renewal.proof.proved:
-                on_proof(renewal.proof)
-        bad = [r for r in renewals if not r.proof.proved]
-        if bad:
-            raise ResetError(
-                "withheld: "
-                + "; ".join(f"{r.proof.machine} ({r.proof.failures})" for r in bad)
-                + "; and so was what replaced it",
-                hint="the machines were destroyed; the baseline is checked before its next use",
-            )
-        if plug:
-            self._plug([r.machine for r in renewals])
-        if len(renewals) == 1:
-            woken = [self._wake(renewals[0], baselines[0], began)]
-        else:
-            woken = _side_by_side(
-                lambda n: self._wake(renewals[n], baselines[n], began), range(len(renewals))
-            )
-        for before, after in zip(renewals, woken, strict=True):
-            if after.machine is not before.machine:
-                for proof in (*after.withheld, after.proof):
-                    on_proof(proof)
+        require_proved(renewals, on_proof)
+        try:
+            if plug:
+                self._plug([r.machine for r in renewals])
+            woken = self._wake_all(renewals, baselines, began)
+            replaced = [w for w, r in zip(woken, renewals, strict=True) if w.machine is not r.machine]
+            require_proved(replaced, on_proof)
+            if plug:
+                self._plug([r.machine for r in replaced])
+        except HotcellError:
+            names = {b.machine.name for b in baselines}
+            self._require_cut(m for name, m in self.machines.items() if name in names)
+            raise
         return woken
 
     def _fresh(self, baseline: Baseline, began: float) -> Renewal:
@@ -223,38 +201,26 @@ class Cell:
         if self._condemned:
             raise LabError(f"cell {self.id} was cut for good; nothing is plugged into it again")
 
+    def _wake_all(
+        self, renewals: Sequence[Renewal], baselines: Sequence[Baseline], began: float
+    ) -> list[Renewal]:
+        if len(renewals) == 1:
+            return [self._wake(renewals[0], baselines[0], began)]
+        return _side_by_side(lambda n: self._wake(renewals[n], baselines[n], began), range(len(renewals)))
+
     def _wake(self, renewal: Renewal, baseline: Baseline, began: float) -> Renewal:
         """Let a standby run and set its clock; a machine that was restored now did both in its proof.
 
-        Raises:
-            ResetError: it did not wake, and what was restored in its place was withheld.
+        One that does not wake is replaced by a machine that is restored now, still unplugged.
         """
-        if renewal.direct_because:
-            took = time.monotonic() - began
-            return renewal._replace(answered_s=took, seconds=took)
-        machine = renewal.machine
-        try:
-            machine.resume()
-            if not machine.qga.ping(_WAKE_S):
-                raise GuestChannelError(f"{machine.name} of {self.id} does not answer after it stood by")
-            answered = time.monotonic() - began
-            set_clock(machine, baseline)
-        except HotcellError as e:
-            return self._replace(machine, baseline, began, f"withheld: {e.message}")
-        return renewal._replace(answered_s=answered, seconds=time.monotonic() - began)
-
-    def _replace(self, machine: Incarnation, baseline: Baseline, began: float, why: str) -> Renewal:
-        """A machine restored now in the place of one that did not wake, plugged if that one was."""
-        plugged = machine.plugged
-        self._retire([machine])
-        renewal = self._restored(baseline, began, why)
-        if not renewal.proof.proved:
-            raise ResetError(
-                f"withheld: {machine.name} ({why}), and what replaced it ({renewal.proof.failures})",
-                hint="the machines were destroyed; the baseline is checked before its next use",
-            )
-        if plugged:
-            self._plug([renewal.machine])
+        if not renewal.direct_because:
+            try:
+                answered = wake(renewal.machine, baseline)
+            except HotcellError as e:
+                self._retire([renewal.machine])
+                renewal = self._restored(baseline, began, f"withheld: {e.message}")
+            else:
+                return renewal._replace(answered_s=answered - began, seconds=time.monotonic() - began)
         took = time.monotonic() - began
         return renewal._replace(answered_s=took, seconds=took)
 
@@ -278,7 +244,7 @@ class Cell:
         """Cut every link and never plug again, whatever another thread is about to do. Never raises."""
         self._condemned = True  # before the lock: who holds it plugs at most the machines of one call
         with self._plugging:
-            return self._cut()
+            return self._cut(self._roster.everything())
 
     def cut(self) -> float:
         """Unplug every machine, whatever state it is in; returns seconds.
@@ -287,14 +253,17 @@ class Cell:
             LabError: a link was not cut; the others were tried all the same.
         """
         began = time.monotonic()
-        problem = self._cut().problem(self.id)
-        if problem:
-            raise LabError(problem)
+        self._require_cut(self._roster.everything())
         return time.monotonic() - began
 
-    def _cut(self) -> Cut:
+    def _require_cut(self, machines: Iterable[Incarnation]) -> None:
+        problem = self._cut(machines).problem(self.id)
+        if problem:
+            raise LabError(problem)
+
+    def _cut(self, machines: Iterable[Incarnation]) -> Cut:
         links, failures = 0, list[str]()
-        for machine in self._roster.everything():
+        for machine in machines:
             was = machine.plugged
             try:
                 machine.unplug()
@@ -305,8 +274,10 @@ class Cell:
 
     # -- machines go ------------------------------------------------------------------------------------
 
-    def _retire(self, machines: Sequence[Incarnation]) -> None:
+    def _retire(self, machines: Sequence[Incarnation], renewed: threading.Event | None = None) -> None:
         """Cut and stop machines at once; they end in the background, and :meth:`close` waits for that.
+
+        Their ends wait for ``renewed``, but not long: beside one, waking a standby takes a sixth longer.
 
         Raises:
             LabError: a link was not cut; that machine stays in the cell.
@@ -318,12 +289,14 @@ class Cell:
             except Exception as e:  # noqa: BLE001 - whatever it was, the next machine is cut too
                 failures.append(e)
                 continue
-            self._roster.dies(machine, lambda m=machine: self._begin_to_end([m]))  # type: ignore[misc]
+            self._roster.dies(machine, lambda m=machine: self._begin_to_end([m], renewed))  # type: ignore[misc]
         if failures:
             raise failures[0]
 
-    def _end(self, machine: Incarnation) -> None:
+    def _end(self, machine: Incarnation, renewed: threading.Event | None) -> None:
         """Destroy a machine; one that withstands stays known, so that it is tried again."""
+        if renewed is not None:
+            renewed.wait(_HEAD_START_S)
         machine.destroy()
         self._roster.gone(machine)
 
@@ -336,9 +309,11 @@ class Cell:
             if failure is not None:
                 raise failure
 
-    def _begin_to_end(self, machines: Sequence[Incarnation]) -> list[concurrent.futures.Future[None]]:
+    def _begin_to_end(
+        self, machines: Sequence[Incarnation], renewed: threading.Event | None = None
+    ) -> list[concurrent.futures.Future[None]]:
         undertaker = concurrent.futures.ThreadPoolExecutor(max(1, len(machines)))
-        under_way = [undertaker.submit(self._end, m) for m in machines]
+        under_way = [undertaker.submit(self._end, m, renewed) for m in machines]
         undertaker.shutdown(wait=False)  # its threads go when they are done
         return under_way
 

@@ -112,7 +112,7 @@ def leave_waiting(machine: Incarnation) -> None:
 def ask_waiting(port: Port, incarnation: str, *, stay: bool = False) -> None:
     """As :func:`guest_facts`, of the script that was saved running; :func:`waiting_facts` gets the answer.
 
-    It answers once, and ends; or with ``stay`` once more, :func:`set_waiting_clock`. Starting an interpreter
+    It answers once, and ends; or with ``stay`` once more, to :func:`tell_time`. Starting an interpreter
     is most of what asking would cost under TCG.
 
     Raises:
@@ -131,17 +131,26 @@ def waiting_facts(port: Port) -> GuestFacts:
     return _facts(port.read(_ANSWER_LIMIT, _ANSWER_S), "written by the waiting script")
 
 
-def set_waiting_clock(port: Port) -> None:
-    """Have the script that was told to stay set the clock of a machine that stood still.
+def tell_time(port: Port) -> str:
+    """Have the script that was told to stay set the clock of a machine that stood still; returns the time told.
+
+    Raises:
+        GuestChannelError: the machine is gone.
+    """
+    now = f"{time.time():.6f}"
+    port.send(now)
+    return now
+
+
+def require_clock_set(port: Port, told: str) -> None:
+    """Wait until the script says that it set the clock to the time it was told.
 
     Raises:
         GuestChannelError: it did not within 30 s.
         GuestTamperError: it set another time.
     """
-    now = f"{time.time():.6f}"
-    port.send(now)
-    if (done := port.read(_ANSWER_LIMIT, _ANSWER_S)) != now:
-        raise GuestTamperError(f"the clock was set to {printable(done, 40)}, not {now}")
+    if (done := port.read(_ANSWER_LIMIT, _ANSWER_S)) != told:
+        raise GuestTamperError(f"the clock was set to {printable(done, 40)}, not {told}")
 
 
 def _seed() -> str:

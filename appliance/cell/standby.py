@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from appliance.cell.baseline import Baseline, Workshop, check_files, prove, restore
@@ -54,6 +54,7 @@ class StandbyPool:
         self._ready: dict[str, Standby] = {}
         self._missing_because: dict[str, str] = {}
         self._generation = 0
+        self._disturbing = 0
         self._changed = threading.Condition()
         self._worker: threading.Thread | None = None
 
@@ -147,6 +148,18 @@ class StandbyPool:
             return None, f"withheld: {e.message}"
         return found, ""
 
+    @contextlib.contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Begin to make no standby meanwhile: it would take half the host from who is in a hurry."""
+        with self._changed:
+            self._disturbing += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._disturbing -= 1
+                self._changed.notify_all()
+
     def wait_ready(self, limit_s: float) -> bool:
         """Wait until everything that is wanted stands by; False if it does not in time or cannot."""
         deadline = time.monotonic() + limit_s
@@ -197,7 +210,7 @@ class StandbyPool:
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._next() is not None)
+                self._changed.wait_for(lambda: self._closed or (not self._disturbing and self._next()))
                 if self._closed:
                     return
                 baseline, generation = self._next(), self._generation

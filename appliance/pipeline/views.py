@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from appliance.build import Image
 from appliance.cell.baseline import Baseline, DiskBaseline, RamBaseline
-from appliance.cell.cell import Cell, Renewal
+from appliance.cell.cell import Cell
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.overlay import used_bytes
 from appliance.cell.qga import GuestResult
+from appliance.cell.renewal import Renewal
 from appliance.host.paths import Paths
 from appliance.model import Stopped
 from appliance.service import (

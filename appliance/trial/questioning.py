@@ -12,9 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 
-from appliance.cell.cell import Cell, Renewal
+from appliance.cell.cell import Cell
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.libvirt_door import DomainState
+from appliance.cell.renewal import Renewal
 from appliance.errors import LabError
 from appliance.model import Role
 from appliance.trial import records

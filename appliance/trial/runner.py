@@ -15,11 +15,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from appliance.cell.baseline import Baseline
-from appliance.cell.cell import Cell, Renewal
+from appliance.cell.cell import Cell
 from appliance.cell.events import Event, EventStream
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.isolation import SealFact, paths_from_all, require_sealed
 from appliance.cell.proof import Proof
+from appliance.cell.renewal import Renewal
 from appliance.errors import GuestChannelError, GuestTamperError, HotcellError, LabError, SealError
 from appliance.model import Role, Stopped, TrialState, printable
 from appliance.trial import records, subject

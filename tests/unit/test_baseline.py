@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -33,11 +34,12 @@ from appliance.cell.baseline import (
     record_expected,
     restore,
     restoring,
-    set_clock,
     template,
+    wake,
 )
 from appliance.cell.baseline import record as record_module
 from appliance.cell.incarnation import Incarnation
+from appliance.cell.libvirt_door import DomainState
 from appliance.cell.proof import SCRIPT_SHA256
 from appliance.errors import LabError, ResetError
 from appliance.model import Accelerator
@@ -309,7 +311,10 @@ def test_a_clone_is_proved_whether_our_own_script_waits_in_it_or_not(
     guest = h.guest("origin")
     assert ("guest-exec" in guest.calls) is (script != SCRIPT_SHA256)
     assert guest.hung_up == 0, "it stands by, and waits for its clock"
-    set_clock(machine, made)
+    machine.pause()
+    before = time.monotonic()
+    assert before < wake(machine, made) < time.monotonic()
+    assert machine.state is DomainState.RUNNING
     assert (guest.clock > 0) is (guest.hung_up == 1) is (script == SCRIPT_SHA256)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import os
 import threading
 from collections.abc import Iterator
@@ -241,6 +242,26 @@ def test_a_reset_gives_a_new_incarnation_plugged_and_ends_the_old_one(h: Host) -
     assert not old.plugged
     assert len(h.net.plugged) == 2
     cell.close()
+    assert h.left == []
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_the_old_one_is_taken_apart_when_the_new_one_is_there(h: Host, works: bool) -> None:
+    """Taking gigabytes of memory apart would take half the host from what is in a hurry."""
+    cell = h.cell("origin")
+    old = cell.machine("origin")
+    seen = []
+
+    def look(_clone: Incarnation) -> None:
+        seen.append(old.domain in h.libvirt.domains)
+        if not works:
+            raise LabError("it does not restore")
+
+    h.on_restore = look
+    with contextlib.nullcontext() if works else pytest.raises(LabError):
+        cell.reset([h.baseline("origin")], lambda _p: None)
+    cell.close()
+    assert seen == [True]
     assert h.left == []
 
 

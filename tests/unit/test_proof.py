@@ -12,6 +12,7 @@ import time
 import tty
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fakes.machine import FACTS, FakeLibvirt, FakeNet, incarnation
@@ -30,7 +31,8 @@ from appliance.cell.proof import (
     guest_checks,
     guest_facts,
     host_checks,
-    set_waiting_clock,
+    require_clock_set,
+    tell_time,
     waiting_facts,
 )
 from appliance.errors import GuestChannelError, GuestTamperError
@@ -138,7 +140,8 @@ def test_an_answer_of_another_shape_is_tampering(machine: Incarnation) -> None:
 def test_the_clock_is_set_by_the_script_that_stayed(machine: Incarnation) -> None:
     ask_waiting(machine.open_port(), "i1", stay=True)
     waiting_facts(machine.open_port())
-    set_waiting_clock(machine.open_port())
+    told = tell_time(machine.open_port())
+    require_clock_set(machine.open_port(), told)
     guest = machine._libvirt.guests["origin"]  # type: ignore[attr-defined]
     assert abs(guest.clock - time.time()) < 5
 
@@ -147,8 +150,9 @@ def test_another_time_than_the_hosts_is_tampering(
     machine: Incarnation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine._libvirt.guests["origin"].clock_says = "1.5"  # type: ignore[attr-defined]
+    told = tell_time(machine.open_port())
     with pytest.raises(GuestTamperError, match=r"set to 1\.5"):
-        set_waiting_clock(machine.open_port())
+        require_clock_set(machine.open_port(), told)
 
 
 @pytest.mark.parametrize("stay", ["", "stay"])
@@ -179,6 +183,21 @@ def test_the_script_waits_answers_and_ends(tmp_path: Path, stay: str) -> None:
     assert str(waiting.pid) in [p.split(" ")[1] for p in facts.processes], (
         "it counts itself, as it was recorded"
     )
+
+
+def test_kernel_threads_are_no_processes_whenever_they_came(tmp_path: Path) -> None:
+    parents = {1: 0, 2: 0, 3: 2, 40: 1, 41: 40, 42: 2}
+    for pid, parent in parents.items():
+        folder = tmp_path / str(pid)
+        folder.mkdir()
+        if pid != 3:  # the list spares a look at it
+            (folder / "stat").write_text(f"{pid} (a b) c) S {parent} {'0 ' * 17}{pid}00 0")
+    (tmp_path / "2/task/2").mkdir(parents=True)
+    (tmp_path / "2/task/2/children").write_text("3 ")
+    (tmp_path / "50").mkdir()  # one that has ended since it was listed
+    functions: dict[str, Any] = {}
+    exec(proof._SCRIPT.partition("\nif sys.argv")[0].replace("/proc", str(tmp_path)), functions)
+    assert functions["processes"](all_of_us=True) == ["a b) c 1 100", "a b) c 40 4000", "a b) c 41 4100"]
 
 
 def check(passed: bool) -> Check:

@@ -13,8 +13,8 @@ from appliance.cell.cell import Cell
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.ledger import Kind
 from appliance.cell.libvirt_door import DomainState
-from appliance.cell.proof import Check, Proof
-from appliance.cell.standby import STANDBY, Standby, StandbyPool
+from appliance.cell.proof import Proof
+from appliance.cell.standby import STANDBY, StandbyPool
 from appliance.errors import LabError, ResetError
 
 WAIT_S = 10
@@ -272,25 +272,30 @@ def test_one_that_does_not_wake_is_replaced(
     assert h.left == []
 
 
-def test_nor_may_what_replaces_it_be_unproved(h: Host, pool: StandbyPool) -> None:
-    c = cell(h, pool, "origin")
+def test_nor_may_what_replaces_it_be_unproved(
+    h: Host, pool: StandbyPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    c, told = cell(h, pool, "origin", "target-1"), list[Proof]()
     pool.keep("c1", [h.baseline("origin")])
     assert pool.wait_ready(WAIT_S)
     waiting = pool.ready()[h.baseline("origin").id]
-    h.unproved = {"origin"}
-    h.libvirt.domains.pop(waiting.domain)
-    pool.take = lambda _b, _c: (Standby(waiting, h.baseline("origin"), proved(waiting)), "")  # type: ignore
-    with pytest.raises(ResetError, match=r"withheld: origin .*, and what replaced it \(RAM holds"):
-        c.reset([h.baseline("origin")], lambda _p: None)
-    assert h.net.plugged == {}
+
+    def hangs() -> None:
+        h.unproved = {"origin"}
+        raise LabError("no answer within 30 s")
+
+    monkeypatch.setattr(waiting, "resume", hangs)
+    why = r"^withheld: origin, 2 times \(RAM holds .*\); not from a standby: withheld: no answer"
+    with pytest.raises(ResetError, match=why):
+        c.reset([h.baseline(n) for n in ("origin", "target-1")], told.append)
+    assert h.net.plugged == {}, "the other one of the group had been plugged in before"
+    assert [(p.machine, p.proved) for p in told if p.machine == "origin"] == [
+        ("origin", True),
+        ("origin", False),
+        ("origin", False),
+    ], "every proof is told"
     h.unproved = set()
     c.close()
-
-
-def proved(machine: Incarnation) -> Proof:
-    """A proof that it passed."""
-    check = Check(name="x", passed=True, expected="", found="")
-    return Proof(machine=machine.name, incarnation=machine.id, baseline="b", seconds=0, checks=(check,))
 
 
 def test_if_nothing_can_be_resumed_that_is_an_error(h: Host, pool: StandbyPool) -> None:
@@ -302,6 +307,21 @@ def test_if_nothing_can_be_resumed_that_is_an_error(h: Host, pool: StandbyPool) 
         c.reset([h.baseline("origin")], lambda _p: None)
     h.libvirt.refuse = set()
     c.close()
+
+
+def test_the_next_one_is_not_made_while_somebody_is_in_a_hurry(h: Host, pool: StandbyPool) -> None:
+    with pool.undisturbed(), pool.undisturbed():
+        pool.keep("c1", [h.baseline("origin")])
+        assert not pool.wait_ready(0.2)
+        assert h.restored == []
+    assert pool.wait_ready(WAIT_S)
+
+
+def test_a_pool_is_closed_whoever_is_in_a_hurry(h: Host, pool: StandbyPool) -> None:
+    with pool.undisturbed():
+        pool.keep("c1", [h.baseline("origin")])
+        pool.close()
+    assert pool.ready() == {}
 
 
 def test_a_segment_that_cannot_be_made_is_tried_again(h: Host, pool: StandbyPool) -> None:

@@ -28,7 +28,7 @@ from appliance.cell.baseline.record import (
     read_all,
     require_kind,
 )
-from appliance.cell.baseline.restoring import prove, restore, set_clock
+from appliance.cell.baseline.restoring import prove, restore, wake
 from appliance.cell.baseline.store import BaselineStore
 from appliance.cell.baseline.template import Site, Warm, make, making, record_expected
 from appliance.cell.baseline.workshop import Workshop
@@ -63,5 +63,5 @@ __all__ = [
     "record_expected",
     "require_kind",
     "restore",
-    "set_clock",
+    "wake",
 ]

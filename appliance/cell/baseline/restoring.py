@@ -16,12 +16,15 @@ from appliance.cell.proof import (
     guest_checks,
     guest_facts,
     host_checks,
-    set_waiting_clock,
+    require_clock_set,
+    tell_time,
     waiting_facts,
 )
 from appliance.cell.proof import Check as ProofCheck
 from appliance.errors import GuestChannelError, GuestTamperError, LabError
 from appliance.model import printable
+
+_WAKE_S = 10
 
 
 def restore(shop: Workshop, baseline: Baseline, cell: str) -> Incarnation:
@@ -50,13 +53,13 @@ def prove(clone: Incarnation, baseline: Baseline, began: float, *, will_stand_by
 
     ``began`` is the monotonic time of the request. A guest that does not answer or answers nonsense is a
     failed check, so the caller withholds the machine. One that ``will_stand_by`` is to have its clock set
-    again, by :func:`set_clock`.
+    again, by :func:`wake`.
     """
     if isinstance(baseline, DiskBaseline):
         return prove_cold(clone, baseline, began)
     checks: list[ProofCheck] = []
     try:
-        waits = baseline.expected.script == SCRIPT_SHA256
+        waits = _waits(baseline)
         if waits:
             ask_waiting(clone.open_port(), clone.id, stay=will_stand_by)
         clone.wait_for_agent(30)
@@ -76,17 +79,31 @@ def prove(clone: Incarnation, baseline: Baseline, began: float, *, will_stand_by
     )  # fmt: skip
 
 
-def set_clock(machine: Incarnation, baseline: Baseline) -> None:
-    """Set the clock of a machine that stood by since it was proved.
+def wake(machine: Incarnation, baseline: Baseline) -> float:
+    """Let a machine run that stood by since it was proved, and set its clock.
+
+    Returns the monotonic time at which its agent answered; its clock was set a little before or after that.
 
     Raises:
         GuestChannelError: the guest does not answer.
         GuestTamperError: it answers what our script does not say.
+        LabError: libvirt or QEMU refused.
     """
-    if isinstance(baseline, RamBaseline) and baseline.expected.script == SCRIPT_SHA256:
-        try:
-            set_waiting_clock(machine.open_port())
-        finally:
-            machine.hang_up()
-    else:
-        machine.qga.set_time(time.time())
+    machine.resume()
+    try:
+        told = tell_time(machine.open_port()) if _waits(baseline) else ""  # done while the agent is asked
+        if not machine.qga.ping(_WAKE_S):
+            raise GuestChannelError(f"{machine.name} of {machine.cell} does not answer after it stood by")
+        answered = time.monotonic()
+        if told:
+            require_clock_set(machine.open_port(), told)
+        else:
+            machine.qga.set_time(time.time())
+    finally:
+        machine.hang_up()
+    return answered
+
+
+def _waits(baseline: Baseline) -> bool:
+    """True if this version of our script waits in the baseline's machines."""
+    return isinstance(baseline, RamBaseline) and baseline.expected.script == SCRIPT_SHA256
