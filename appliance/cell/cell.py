@@ -10,14 +10,14 @@ from __future__ import annotations
 import concurrent.futures
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from typing import NamedTuple, TypeVar
 
 from appliance.cell.baseline import Baseline, Workshop, prove, restore, wake
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.proof import Proof
-from appliance.cell.renewal import OnProof, Renewal, require_proved
+from appliance.cell.renewal import Renewal, require_proved
 from appliance.cell.roster import Roster
 from appliance.cell.segment import Segment
 from appliance.cell.standby import StandbyPool
@@ -26,7 +26,8 @@ from appliance.errors import HotcellError, LabError
 T = TypeVar("T")
 R = TypeVar("R")
 _ATTEMPTS = 2
-_HEAD_START_S = 2.0
+_HEAD_START_S = 0.5
+OnProof = Callable[[Proof], None]
 
 
 class Cut(NamedTuple):
@@ -71,6 +72,11 @@ class Cell:
     def machines(self) -> dict[str, Incarnation]:
         """A copy of what there is now, in the order in which machines were first asked for."""
         return self._roster.machines()
+
+    @property
+    def everything(self) -> list[Incarnation]:
+        """All that may hold memory and disk now: the machines, and those that are ending."""
+        return self._roster.everything()
 
     @property
     def baselines(self) -> dict[str, Baseline]:
@@ -120,8 +126,8 @@ class Cell:
         only when each is proved. The old ones end in the background.
 
         Raises:
-            ResetError: a machine and its replacement were withheld. On this and any other error none of the
-                group is plugged.
+            ResetError: a machine and its replacement were withheld. After this and any other error none of the
+                group is plugged, but for one whose link could not be cut.
             LabError: a link was not cut, the cell was condemned, or libvirt, QEMU or a guest refused.
         """
         began, renewed = time.monotonic(), threading.Event()
@@ -138,53 +144,82 @@ class Cell:
     ) -> list[Renewal]:
         for baseline in baselines:  # side by side they come in any order; views get the one asked for
             self._roster.expect(baseline)
-        if len(baselines) == 1:  # no thread: that would cost a tenth of what a standby takes
-            renewals = [self._fresh(baselines[0], began)]
-        else:
-            renewals = _side_by_side(lambda b: self._fresh(b, began), baselines)
-        require_proved(renewals, on_proof)
+        # By machine, and kept as they come: the failure of one keeps no proof of another back.
+        proofs: dict[str, list[Proof]] = {b.machine.name: [] for b in baselines}
+        try:
+            renewals = _side_by_side(
+                lambda b: self._fresh(b, began, proofs[b.machine.name].append), baselines
+            )
+        finally:
+            _tell(proofs, on_proof)
+        require_proved(renewals)
+        pairs = list(zip(renewals, baselines, strict=True))
         try:
             if plug:
                 self._plug([r.machine for r in renewals])
-            woken = self._wake_all(renewals, baselines, began)
-            replaced = [w for w, r in zip(woken, renewals, strict=True) if w.machine is not r.machine]
-            require_proved(replaced, on_proof)
+            try:
+                woken = _side_by_side(
+                    lambda pair: self._wake(*pair, began, proofs[pair[1].machine.name].append), pairs
+                )
+            finally:
+                _tell(proofs, on_proof)
+            require_proved(woken)
             if plug:
-                self._plug([r.machine for r in replaced])
-        except HotcellError:
-            names = {b.machine.name for b in baselines}
-            self._require_cut(m for name, m in self.machines.items() if name in names)
+                self._plug([r.machine for r in woken if not r.machine.plugged])
+        except BaseException as e:
+            self._withdraw(baselines, e)
             raise
         return woken
 
-    def _fresh(self, baseline: Baseline, began: float) -> Renewal:
+    def _withdraw(self, baselines: Sequence[Baseline], why: BaseException) -> None:
+        """Cut a group that failed because of ``why``.
+
+        Raises:
+            LabError: a link was not cut.
+        """
+        names = {b.machine.name for b in baselines}
+        problem = self._cut([m for name, m in self.machines.items() if name in names]).problem(self.id)
+        if problem:
+            raise LabError(f"{problem}; it was to be cut because: {why}") from why
+
+    def _fresh(self, baseline: Baseline, began: float, tell: OnProof) -> Renewal:
         """A proved machine: a standby, or restored now. After two failed proofs the last one is returned."""
         self._require_open()
         standby, why = self._pool.take(baseline, self.id) if self._pool else (None, "no standbys are kept")
         if standby is not None:
             self._enter(standby.machine)
             self._roster.proved(baseline)
+            tell(standby.proof)
             return Renewal(standby.machine, standby.proof, "", (), 0.0, 0.0)
-        return self._restored(baseline, began, why)
+        return self._restored(baseline, began, why, tell)
 
-    def _restored(self, baseline: Baseline, began: float, why: str) -> Renewal:
+    def _restored(self, baseline: Baseline, began: float, why: str, tell: OnProof) -> Renewal:
         """As :meth:`_fresh`, of a machine that is restored now, because of ``why``."""
         withheld: list[Proof] = []
         while True:
             start = time.monotonic() if withheld else began
             clone = restore(self._shop, baseline, self.id)
             self._enter(clone)
-            proof = prove(clone, baseline, start)
+            try:
+                proof = prove(clone, baseline, start)
+            except BaseException:
+                self._drop(clone)
+                raise
+            tell(proof)
             if proof.proved:
                 self._roster.proved(baseline)
                 return Renewal(clone, proof, why, tuple(withheld), 0.0, 0.0)
             withheld.append(proof)
-            try:
-                self._retire([clone])
-            except Exception:  # noqa: BLE001 - a link that withstands: close tries again, nobody plugs it in
-                self._roster.dies(clone)
+            self._drop(clone)
             if len(withheld) == _ATTEMPTS:
                 return Renewal(clone, proof, why, tuple(withheld), 0.0, 0.0)
+
+    def _drop(self, clone: Incarnation) -> None:
+        """End a machine that is not proved, and was never plugged in."""
+        try:
+            self._retire([clone])
+        except Exception:  # noqa: BLE001 - a link that withstands: close tries again, nobody plugs it in
+            self._roster.dies(clone)
 
     def _enter(self, machine: Incarnation) -> None:
         """Make a machine the cell's own. One that comes after the cell was condemned is ended at once.
@@ -201,14 +236,7 @@ class Cell:
         if self._condemned:
             raise LabError(f"cell {self.id} was cut for good; nothing is plugged into it again")
 
-    def _wake_all(
-        self, renewals: Sequence[Renewal], baselines: Sequence[Baseline], began: float
-    ) -> list[Renewal]:
-        if len(renewals) == 1:
-            return [self._wake(renewals[0], baselines[0], began)]
-        return _side_by_side(lambda n: self._wake(renewals[n], baselines[n], began), range(len(renewals)))
-
-    def _wake(self, renewal: Renewal, baseline: Baseline, began: float) -> Renewal:
+    def _wake(self, renewal: Renewal, baseline: Baseline, began: float, tell: OnProof) -> Renewal:
         """Let a standby run and set its clock; a machine that was restored now did both in its proof.
 
         One that does not wake is replaced by a machine that is restored now, still unplugged.
@@ -218,7 +246,7 @@ class Cell:
                 answered = wake(renewal.machine, baseline)
             except HotcellError as e:
                 self._retire([renewal.machine])
-                renewal = self._restored(baseline, began, f"withheld: {e.message}")
+                renewal = self._restored(baseline, began, f"withheld: {e.message}", tell)
             else:
                 return renewal._replace(answered_s=answered - began, seconds=time.monotonic() - began)
         took = time.monotonic() - began
@@ -253,15 +281,12 @@ class Cell:
             LabError: a link was not cut; the others were tried all the same.
         """
         began = time.monotonic()
-        self._require_cut(self._roster.everything())
-        return time.monotonic() - began
-
-    def _require_cut(self, machines: Iterable[Incarnation]) -> None:
-        problem = self._cut(machines).problem(self.id)
+        problem = self._cut(self._roster.everything()).problem(self.id)
         if problem:
             raise LabError(problem)
+        return time.monotonic() - began
 
-    def _cut(self, machines: Iterable[Incarnation]) -> Cut:
+    def _cut(self, machines: Sequence[Incarnation]) -> Cut:
         links, failures = 0, list[str]()
         for machine in machines:
             was = machine.plugged
@@ -277,7 +302,8 @@ class Cell:
     def _retire(self, machines: Sequence[Incarnation], renewed: threading.Event | None = None) -> None:
         """Cut and stop machines at once; they end in the background, and :meth:`close` waits for that.
 
-        Their ends wait for ``renewed``, but not long: beside one, waking a standby takes a sixth longer.
+        Their ends wait for ``renewed``, but not long: beside one, waking a standby takes a sixth longer, and what
+        it takes to restore a machine directly is the same.
 
         Raises:
             LabError: a link was not cut; that machine stays in the cell.
@@ -328,6 +354,14 @@ class Cell:
                 folder.rmdir()
 
 
+def _tell(proofs: dict[str, list[Proof]], on_proof: OnProof) -> None:
+    for kept in proofs.values():
+        while kept:
+            on_proof(kept.pop(0))
+
+
 def _side_by_side(function: Callable[[T], R], things: Sequence[T]) -> list[R]:
+    if len(things) == 1:  # no thread: that would cost a tenth of what a standby takes
+        return [function(things[0])]
     with concurrent.futures.ThreadPoolExecutor(max(1, len(things))) as pool:
         return list(pool.map(function, things))

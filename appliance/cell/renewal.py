@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.proof import Proof
 from appliance.errors import ResetError
-
-OnProof = Callable[[Proof], None]
 
 
 class Renewal(NamedTuple):
@@ -27,20 +25,17 @@ class Renewal(NamedTuple):
     seconds: float
 
 
-def require_proved(renewals: Iterable[Renewal], on_proof: OnProof) -> None:
-    """Tell every proof, those of withheld machines too.
+def require_proved(renewals: Iterable[Renewal]) -> None:
+    """Nothing unproved may be used.
 
     Raises:
         ResetError: a machine and its replacement were withheld.
     """
-    bad: list[str] = []
-    for machine, proof, why, withheld, _, _ in renewals:
-        for each in withheld:
-            on_proof(each)
-        if proof.proved:
-            on_proof(proof)
-        else:
-            bad.append(f"{machine.name}, {len(withheld)} times ({proof.failures}); not from a standby: {why}")
+    bad = [
+        f"{r.machine.name}, {len(r.withheld)} times ({r.proof.failures}); not from a standby: {r.direct_because}"
+        for r in renewals
+        if not r.proof.proved
+    ]
     if bad:
         raise ResetError(
             f"withheld: {'; '.join(bad)}",

@@ -24,6 +24,7 @@ from appliance.errors import HotcellError, ResetError
 
 STANDBY = "standby"
 _CLOSE_S = 60.0
+_HURRY_S = 2.0
 Room = Callable[[MachineSpec], str]
 
 
@@ -54,7 +55,8 @@ class StandbyPool:
         self._ready: dict[str, Standby] = {}
         self._missing_because: dict[str, str] = {}
         self._generation = 0
-        self._disturbing = 0
+        self._hurried = 0
+        self._hurry_until = 0.0
         self._changed = threading.Condition()
         self._worker: threading.Thread | None = None
 
@@ -135,7 +137,7 @@ class StandbyPool:
             if found is not None:  # who took it makes its own wishes, once it has time for them to be made
                 self._parting.pop(baseline.id, None)
             why = self._missing_because.get(baseline.id) or (
-                "the next one is still being made" if baseline.id in self._wanted else "none is kept"
+                "the next one is not ready yet" if baseline.id in self._wanted else "none is kept"
             )
             self._changed.notify_all()
         if found is None:
@@ -150,14 +152,16 @@ class StandbyPool:
 
     @contextlib.contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """Begin to make no standby meanwhile: it would take half the host from who is in a hurry."""
+        """Begin to make no standby meanwhile, for 2 s at most: it would take half the host from who is in a hurry."""
         with self._changed:
-            self._disturbing += 1
+            if not self._hurried:  # who comes later prolongs nothing
+                self._hurry_until = time.monotonic() + _HURRY_S
+            self._hurried += 1
         try:
             yield
         finally:
             with self._changed:
-                self._disturbing -= 1
+                self._hurried -= 1
                 self._changed.notify_all()
 
     def wait_ready(self, limit_s: float) -> bool:
@@ -210,12 +214,17 @@ class StandbyPool:
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or (not self._disturbing and self._next()))
+                self._changed.wait_for(lambda: self._closed or self._next() is not None)
+                while not self._closed and (left := self._hurry_left()) > 0:
+                    self._changed.wait(left)
                 if self._closed:
                     return
                 baseline, generation = self._next(), self._generation
             if baseline is not None:
                 self._add(baseline, generation)
+
+    def _hurry_left(self) -> float:
+        return self._hurry_until - time.monotonic() if self._hurried else 0.0
 
     def _add(self, baseline: Baseline, generation: int) -> None:
         why, made = "", None

@@ -145,7 +145,7 @@ class Grants:
         memory = disk = 0
         for cell_id, need in granted:
             cell = self._cells.get(cell_id)
-            held = _held_by(list(cell.machines.values())) if cell is not None else (0, 0)
+            held = _held_by(cell.everything) if cell is not None else (0, 0)
             memory += min(held[0], need.memory)
             disk += min(held[1], need.disk)
         needs = [need for _, need in granted]

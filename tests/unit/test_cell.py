@@ -6,12 +6,14 @@ import concurrent.futures
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 from fakes.cells import Host, host
 from fakes.machine import is_domain_name
 
+from appliance.cell import cell as cell_module
 from appliance.cell import netlink, overlay
 from appliance.cell.cell import Cell
 from appliance.cell.incarnation import Incarnation
@@ -20,6 +22,7 @@ from appliance.cell.libvirt_door import DomainState
 from appliance.cell.processes import is_domain_process, kill_domain_process
 from appliance.cell.proof import Proof
 from appliance.errors import CommandError, LabError, NotFoundError, ResetError
+from appliance.host.clock import wait_until
 
 ALL = ("origin", "target-1", "world")
 
@@ -246,8 +249,11 @@ def test_a_reset_gives_a_new_incarnation_plugged_and_ends_the_old_one(h: Host) -
 
 
 @pytest.mark.parametrize("works", [True, False])
-def test_the_old_one_is_taken_apart_when_the_new_one_is_there(h: Host, works: bool) -> None:
+def test_the_old_one_is_taken_apart_when_the_new_one_is_there(
+    h: Host, monkeypatch: pytest.MonkeyPatch, works: bool
+) -> None:
     """Taking gigabytes of memory apart would take half the host from what is in a hurry."""
+    monkeypatch.setattr(cell_module, "_HEAD_START_S", 60)
     cell = h.cell("origin")
     old = cell.machine("origin")
     seen = []
@@ -260,8 +266,47 @@ def test_the_old_one_is_taken_apart_when_the_new_one_is_there(h: Host, works: bo
     h.on_restore = look
     with contextlib.nullcontext() if works else pytest.raises(LabError):
         cell.reset([h.baseline("origin")], lambda _p: None)
+    began = time.monotonic()
     cell.close()
+    assert time.monotonic() - began < 30, "nobody waits for what has happened"
     assert seen == [True]
+    assert h.left == []
+
+
+def test_the_old_one_waits_no_longer_than_its_head_start(h: Host) -> None:
+    cell = h.cell("origin")
+    old = cell.machine("origin")
+
+    def until_it_is_gone(_clone: Incarnation) -> None:
+        assert old in cell.everything, "it holds memory until it is gone"
+        wait_until(lambda: old.domain not in h.libvirt.domains, 10, "the old one to end")
+
+    h.on_restore = until_it_is_gone
+    cell.reset([h.baseline("origin")], lambda _p: None)
+    cell.close()
+
+
+def test_every_proof_is_told_also_beside_a_machine_that_does_not_restore(h: Host) -> None:
+    cell, told = h.cell("origin", "target-1"), list[Proof]()
+    h.broken, h.unproved = {"target-1"}, {"origin"}
+    with pytest.raises(OSError, match="target-1"):
+        cell.reset([h.baseline(n) for n in ("origin", "target-1")], told.append)
+    assert [(p.machine, p.proved) for p in told] == [("origin", False)] * 2
+    cell.close()
+    assert h.left == []
+
+
+def test_a_machine_whose_proof_breaks_off_is_ended(h: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = h.cell("origin")
+
+    def breaks(*_: object) -> Proof:
+        raise FileNotFoundError("the overlay")
+
+    monkeypatch.setattr(cell_module, "prove", breaks)
+    with pytest.raises(FileNotFoundError):
+        cell.reset([h.baseline("origin")], lambda _p: None)
+    assert cell.machines == {}
+    cell.close()
     assert h.left == []
 
 

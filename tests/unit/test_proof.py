@@ -186,12 +186,18 @@ def test_the_script_waits_answers_and_ends(tmp_path: Path, stay: str) -> None:
 
 
 def test_kernel_threads_are_no_processes_whenever_they_came(tmp_path: Path) -> None:
-    parents = {1: 0, 2: 0, 3: 2, 40: 1, 41: 40, 42: 2}
+    parents = {
+        1: 0,
+        2: 0,
+        3: 1,
+        40: 1,
+        41: 40,
+        42: 2,
+    }  # only by the list is 3 a kernel thread, only by its parent 42
     for pid, parent in parents.items():
         folder = tmp_path / str(pid)
         folder.mkdir()
-        if pid != 3:  # the list spares a look at it
-            (folder / "stat").write_text(f"{pid} (a b) c) S {parent} {'0 ' * 17}{pid}00 0")
+        (folder / "stat").write_text(f"{pid} (a b) c) S {parent} {'0 ' * 17}{pid}00 0")
     (tmp_path / "2/task/2").mkdir(parents=True)
     (tmp_path / "2/task/2/children").write_text("3 ")
     (tmp_path / "50").mkdir()  # one that has ended since it was listed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -321,7 +322,62 @@ def test_a_pool_is_closed_whoever_is_in_a_hurry(h: Host, pool: StandbyPool) -> N
     with pool.undisturbed():
         pool.keep("c1", [h.baseline("origin")])
         pool.close()
-    assert pool.ready() == {}
+        assert "standbys" not in [t.name for t in threading.enumerate()]
+    assert h.restored == []
+
+
+def test_nobody_is_in_a_hurry_for_long(h: Host, pool: StandbyPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(standby_module, "_HURRY_S", 0.2)
+    with pool.undisturbed():
+        pool.keep("c1", [h.baseline("origin")])
+        assert not pool.wait_ready(0.05)
+        with pool.undisturbed():
+            assert pool.wait_ready(WAIT_S)
+
+
+def test_the_next_one_is_made_after_the_reset(
+    h: Host, pool: StandbyPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    c = cell(h, pool, "origin")
+    pool.keep("c1", [h.baseline("origin")])
+    assert pool.wait_ready(WAIT_S)
+    waiting, before, seen = pool.ready()[h.baseline("origin").id], len(h.restored), []
+    resume = waiting.resume
+
+    def slowly() -> None:
+        time.sleep(0.2)
+        seen.append(len(h.restored))
+        resume()
+
+    monkeypatch.setattr(waiting, "resume", slowly)
+    c.reset([h.baseline("origin")], lambda _p: None)
+    assert seen == [before]
+    assert pool.wait_ready(WAIT_S)
+    c.close()
+
+
+@pytest.mark.parametrize("fault", [OSError, LabError])
+def test_whatever_keeps_one_from_waking_none_of_its_group_stays_plugged(
+    h: Host, pool: StandbyPool, monkeypatch: pytest.MonkeyPatch, fault: type[Exception]
+) -> None:
+    c = cell(h, pool, "origin", "target-1")
+    both = [h.baseline(n) for n in ("origin", "target-1")]
+    pool.keep("c1", both)
+    assert pool.wait_ready(WAIT_S)
+
+    def hangs() -> None:
+        def fails(_clone: Incarnation) -> None:
+            raise fault("no space is left")
+
+        h.on_restore = fails
+        raise LabError("no answer within 30 s")
+
+    monkeypatch.setattr(pool.ready()[both[0].id], "resume", hangs)
+    with pytest.raises(fault, match="no space"):
+        c.reset(both, lambda _p: None)
+    assert h.net.plugged == {}
+    h.on_restore = lambda _clone: None
+    c.close()
 
 
 def test_a_segment_that_cannot_be_made_is_tried_again(h: Host, pool: StandbyPool) -> None:

@@ -79,7 +79,7 @@ def plant(incarnation: str) -> None:
 
 
 def tell(incarnation: str, now: float, seed: bytes, *, waited: bool) -> str:
-    time.clock_settime(time.CLOCK_REALTIME, now)  # first: ``now`` was told a moment ago
+    began = time.monotonic()
     facts = {
         "boot_id": read("/proc/sys/kernel/random/boot_id").strip(),
         "nonce": read("/run/hotcell-baseline"),
@@ -88,6 +88,8 @@ def tell(incarnation: str, now: float, seed: bytes, *, waited: bool) -> str:
         "processes": processes(all_of_us=waited),
         "reseeded": reseed(seed),
     }
+    # Not before: a leap of days may start what waits for a date, and it would be in the list.
+    time.clock_settime(time.CLOCK_REALTIME, now + time.monotonic() - began)
     if incarnation:
         plant(incarnation)
     return json.dumps(facts)
