@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from fakes.cells import host
 
 from appliance.cell.incarnation import Incarnation
 from tests.conformance.suite import CHECKS, Check
+from tests.fakes.cells import host
 
 
 @pytest.fixture

@@ -22,10 +22,10 @@ from appliance.store.database import Store
 from appliance.trial import records, watch
 from appliance.trial.plan import Plan, new_trial_id
 from appliance.trial.records import DiskFinding, FoundFile
-from fakes.cells import Host, host
-from fakes.evidence import FakeCapture
-from fakes.plans import LIMITS, plan
-from fakes.stage import AGENT, MODEL, TALK, EventPort, event_line
+from tests.fakes.cells import Host, host
+from tests.fakes.evidence import FakeCapture
+from tests.fakes.plans import LIMITS, plan
+from tests.fakes.stage import AGENT, MODEL, TALK, EventPort, event_line
 
 KEY = Ed25519PrivateKey.generate()
 _PCAP = struct.pack("<IHHiIII", 0xA1B2C3D4, 2, 4, 0, 0, 96, 1)
@@ -112,7 +112,7 @@ class Workbench:
         made.guest("origin").on_agent = lambda _argv: self._start()
         self._reset_guests()
         monkeypatch.setattr(process, "_left", 1)
-        monkeypatch.setattr(process.netlink, "view", made.net.view)
+        monkeypatch.setattr("appliance.pipeline.process.netlink.view", made.net.view)
         monkeypatch.setattr(watch, "_TICK_S", 0.005)
         monkeypatch.setattr(
             TrialFolder, "start_capture", lambda own, _interface: self._start_capture(own.folder)

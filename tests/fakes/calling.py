@@ -36,7 +36,15 @@ def calling(paths: Paths, capsys: pytest.CaptureFixture[str]) -> Cli:
     def call(*argv: str | Path) -> Ran:
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
-            main(["--home", os.fspath(paths.home), "--cache", os.fspath(paths.cache), *map(os.fspath, argv)])
+            main(
+                [
+                    "--home",
+                    os.fspath(paths.home),
+                    "--cache",
+                    os.fspath(paths.cache),
+                    *(os.fspath(a) for a in argv),
+                ]
+            )
         return Ran(int(end.value.code or 0), *capsys.readouterr())
 
     return call

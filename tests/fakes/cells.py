@@ -20,7 +20,7 @@ from appliance.cell.ledger import Ledger
 from appliance.cell.proof import SCRIPT_SHA256, Check, Expected, Proof
 from appliance.host.paths import Paths
 from appliance.model import Accelerator
-from fakes.machine import FakeGuest, FakeLibvirt, FakeNet, leftovers, machine_spec
+from tests.fakes.machine import FakeGuest, FakeLibvirt, FakeNet, leftovers, machine_spec
 
 
 def baseline(name: str, folder: Path) -> Baseline:

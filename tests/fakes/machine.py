@@ -239,7 +239,7 @@ class FakeGuest:
 
     def _probe(self, arg: list[str]) -> dict[str, object]:
         question = json.loads(arg[2])
-        answer = json.loads(json.dumps(self.serving))
+        answer: dict[str, Any] = json.loads(json.dumps(self.serving))
         if answer["agent"] and answer["agent"].get("tool_result") == "honest":
             answer["agent"]["tool_result"] = hashlib.sha256(question["secret"].encode()).hexdigest()
         return answer

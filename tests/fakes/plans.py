@@ -6,7 +6,7 @@ from appliance.config import load_library
 from appliance.model import Accelerator
 from appliance.trial.plan import Plan, make_plan
 from appliance.trial.records import Limits, WeightFile
-from fakes.machine import machine_spec
+from tests.fakes.machine import machine_spec
 
 TRIAL = "t20260101-000000-0a1b2c"
 WEIGHTS = (WeightFile(name="model.safetensors", size=5, sha256="a" * 64),)

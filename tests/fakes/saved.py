@@ -24,8 +24,8 @@ from appliance.cell.baseline import (
 from appliance.cell.proof import Expected
 from appliance.cell.spec import GuestImage
 from appliance.model import Accelerator
-from fakes.cells import Host, fake_overlay
-from fakes.machine import DIGEST, machine_spec
+from tests.fakes.cells import Host, fake_overlay
+from tests.fakes.machine import DIGEST, machine_spec
 
 MIB = 64
 CONTENT = b"content of a saved file"

@@ -11,7 +11,7 @@ if __name__ == "__main__":
 
 from api.server import serve
 from appliance.host.paths import Paths
-from fakes.service import FakeLab
+from tests.fakes.service import FakeLab
 
 
 def main(argv: list[str]) -> None:

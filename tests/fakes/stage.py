@@ -20,9 +20,9 @@ from appliance.trial import guard, watch
 from appliance.trial.plan import Plan
 from appliance.trial.runner import Setting, TrialRun
 from appliance.trial.stop import StopFlag
-from fakes.cells import Host, host
-from fakes.evidence import FakeEvidence
-from fakes.plans import plan
+from tests.fakes.cells import Host, host
+from tests.fakes.evidence import FakeEvidence
+from tests.fakes.plans import plan
 
 LOGPROBS = [-0.5 - n / 7 for n in range(12)]
 MODEL = {"port": 8000, "model": "subject", "logprobs": LOGPROBS, "pid": 5, "process_start": 99}

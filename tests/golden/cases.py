@@ -5,10 +5,9 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-from fakes.machine import machine_spec
-
 from appliance.cell.domain import DomainSpec
 from appliance.model import Accelerator
+from tests.fakes.machine import machine_spec
 
 _FOLDER = Path("/var/lib/hotcell/cells/t20260101-000000-0a1b2c/origin-0a1b2c3d")
 # file name -> machine, clone or template, accelerator

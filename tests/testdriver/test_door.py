@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes.namespace import in_child
 
 from appliance.cell.domain import OWNER_NS
 from appliance.cell.libvirt_door import DomainState, Libvirt
 from appliance.errors import GuestChannelError, LabError
+from tests.fakes.namespace import in_child
 
 XML = (Path(__file__).resolve().parents[1] / "golden" / "data" / "clone-tcg.xml").read_text()
 NAME = "hc-t20260101-000000-0a1b2c-origin-0a1b2c3d"

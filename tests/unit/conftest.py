@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from fakes.bench import FakeWarden, Workbench, workbench
-from fakes.machine import machine_spec
-from fakes.plans import WEIGHTS
 
 from appliance.host.capacity import HostCapacity
 from appliance.pipeline import cells as cells_module
 from appliance.pipeline import lab as lab_module
 from appliance.pipeline import trials as trials_module
+from tests.fakes.bench import FakeWarden, Workbench, workbench
+from tests.fakes.machine import machine_spec
+from tests.fakes.plans import WEIGHTS
 
 ROOMY = HostCapacity(
     cores=64, memory_total=64 << 30, memory_available=60 << 30, disk_total=1 << 40, disk_free=900 << 30

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from fakes.machine import machine_spec
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,6 +19,7 @@ from appliance.pipeline.admission import (
     need_of,
     refusal,
 )
+from tests.fakes.machine import machine_spec
 
 MIB, GIB = 1 << 20, 1 << 30
 RULES = GuestSettings()

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agent_stubs import completion, model_server, read_events, task_table
 
 from agent.http_api import MAX_BODY
+from tests.unit.agent_stubs import completion, model_server, read_events, task_table
 
 PROJECT = Path(__file__).resolve().parents[2]
 

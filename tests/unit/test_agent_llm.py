@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from agent_stubs import completion, model_server
 
 from agent.errors import ModelError
 from agent.llm import MAX_ANSWER, Message, ModelClient
+from tests.unit.agent_stubs import completion, model_server
 
 HELLO: list[Message] = [{"role": "user", "content": "hello"}]
 
@@ -147,7 +147,11 @@ def test_a_server_that_drips_is_cut_off() -> None:
 
 
 def test_the_time_left_bounds_a_request() -> None:
-    with model_server(lambda _: (time.sleep(1.5), (200, completion("late")))[1]) as server:
+    def slow(_: object) -> tuple[int, bytes]:
+        time.sleep(1.5)
+        return 200, completion("late")
+
+    with model_server(slow) as server:
         client = ModelClient(server.url)
         client.model()
         begun = time.monotonic()

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agent_stubs import completion, make_task, model_server, read_events
 
 from agent.brains import LlmBrain, Reply, ScriptBrain, Turn
 from agent.errors import ModelError
@@ -21,6 +20,7 @@ from agent.task import Task
 from agent.terminals import Terminals
 from agent.thinking import render
 from agent.tools import Action, Execute, Finish, Receive, Toolbox
+from tests.unit.agent_stubs import completion, make_task, model_server, read_events
 
 Play = Callable[..., tuple[Outcome, list[dict[str, Any]]]]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from agent_stubs import make_task
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,6 +11,7 @@ from agent.memory import RESERVE, Budget, Memory, Round, clip, size
 from agent.prompting import Prompt, load_prompt, load_task_texts, task_text
 from agent.terminals import Result
 from agent.tools import Execute
+from tests.unit.agent_stubs import make_task
 
 PROMPT = load_prompt("paper-v1")
 CRITIQUE = (

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from agent_stubs import make_task, read_events
 
 from agent.brains import find_script, make_brain, script_names
 from agent.errors import TaskError
@@ -25,6 +24,7 @@ from agent.memory import Memory
 from agent.prompting import load_prompt
 from agent.terminals import Terminals
 from agent.tools import Toolbox
+from tests.unit.agent_stubs import make_task, read_events
 
 PROJECT = Path(__file__).resolve().parents[2]
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agent_stubs import make_task, task_table
 from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.errors import TaskError
 from agent.task import MAX_FILE, Limits, Target, load_task, parse_task
+from tests.unit.agent_stubs import make_task, task_table
 
 
 def test_a_good_file(tmp_path: Path) -> None:

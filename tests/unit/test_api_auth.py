@@ -7,11 +7,11 @@ import stat
 from pathlib import Path
 
 import pytest
-from fakes.client import TOKEN, client
-from fakes.service import FakeLab
 
 from api.auth import MAX_BODY, ensure_token, read_token
 from appliance.errors import ConfigError
+from tests.fakes.client import TOKEN, client
+from tests.fakes.service import FakeLab
 
 
 @pytest.fixture

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes.client import client
-from fakes.service import FakeLab
 from jsonschema import Draft202012Validator
 from pydantic import BaseModel
 
 from api.app import create_app
 from api.examples import EXAMPLES
+from tests.fakes.client import client
+from tests.fakes.service import FakeLab
 
 DOCUMENT = create_app(FakeLab(Path()), "t" * 43).openapi()
 OPERATIONS = [

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fakes.client import client
-from fakes.service import FakeLab
 
 from api.problems import Problem, status_of
 from appliance.cli.client import known_errors
@@ -24,6 +22,8 @@ from appliance.errors import (
     SealError,
     UserError,
 )
+from tests.fakes.client import client
+from tests.fakes.service import FakeLab
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
-from fakes.client import client
-from fakes.service import FakeLab
 
 from appliance.errors import ConflictError
 from appliance.model import TrialState
+from tests.fakes.client import client
+from tests.fakes.service import FakeLab
 
 
 @pytest.fixture

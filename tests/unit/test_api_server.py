@@ -14,13 +14,13 @@ from pathlib import Path
 
 import httpx
 import pytest
-from fakes.running import running, short_home, spawn_server
-from fakes.service import FakeLab
 
 from api.server import serve
 from appliance.errors import ConfigError, ConflictError, HostError
 from appliance.host import command
 from appliance.host.paths import Paths
+from tests.fakes.running import running, short_home, spawn_server
+from tests.fakes.service import FakeLab
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,10 @@ def unix(paths: Paths, token: str | None = None) -> httpx.Client:
         base_url="http://localhost",
         headers={"Authorization": f"Bearer {token}"},
     )
+
+
+def unsealed() -> None:
+    raise AssertionError("the process must not be sealed")
 
 
 def never() -> FakeLab:
@@ -78,7 +82,7 @@ def test_the_tcp_port_answers_where_the_server_file_says(live: Paths) -> None:
 
 def test_a_second_server_for_the_same_home_is_refused(live: Paths) -> None:
     with pytest.raises(ConflictError, match="another server"):
-        serve(never, live, port=0, seal=never)
+        serve(never, live, port=0, seal=unsealed)
     with unix(live) as http:
         assert http.get("/v1/health").status_code == 200
 
@@ -123,26 +127,26 @@ def test_a_killed_server_does_not_stand_in_the_way_of_the_next(home: Paths) -> N
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7"])
 def test_an_address_that_others_reach_must_be_allowed(home: Paths, host: str) -> None:
     with pytest.raises(ConfigError, match="loopback"):
-        serve(never, home, host, 0, seal=never)
+        serve(never, home, host, 0, seal=unsealed)
     assert not home.token.exists()
 
 
 @pytest.mark.parametrize("host", ["", "example.org", "127.0.0.1/8", "127.1"])
 def test_what_is_no_address_is_refused(home: Paths, host: str) -> None:
     with pytest.raises(ConfigError, match="not an IP address"):
-        serve(never, home, host, 0, seal=never)
+        serve(never, home, host, 0, seal=unsealed)
 
 
 def test_a_taken_port_is_the_hosts_fault(home: Paths) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(HostError, match="cannot listen"):
-        serve(never, home, port=taken.getsockname()[1], seal=never)
+        serve(never, home, port=taken.getsockname()[1], seal=unsealed)
     assert not home.api_socket.exists()
 
 
 def test_a_file_in_place_of_the_socket_is_not_removed(home: Paths) -> None:
     home.api_socket.write_text("precious")
     with pytest.raises(HostError, match="not a socket"):
-        serve(never, home, port=0, seal=never)
+        serve(never, home, port=0, seal=unsealed)
     assert home.api_socket.read_text() == "precious"
 
 

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fakes.client import client
-from fakes.service import REPLICATES, FakeLab
 
 from api import sse
 from appliance.errors import LabError
 from appliance.trial.records import JournalEntry
+from tests.fakes.client import client
+from tests.fakes.service import REPLICATES, FakeLab
 
 
 @pytest.fixture

@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from fakes.cells import Host, host
-from fakes.machine import FACTS, incarnation, machine_spec
 
 from appliance.cell import migration
 from appliance.cell.baseline import (
@@ -43,6 +41,8 @@ from appliance.cell.libvirt_door import DomainState
 from appliance.cell.proof import SCRIPT_SHA256
 from appliance.errors import LabError, ResetError
 from appliance.model import Accelerator
+from tests.fakes.cells import Host, host
+from tests.fakes.machine import FACTS, incarnation, machine_spec
 
 VERSIONS = {"libvirt": "9.0.0", "qemu": "7.2.0"}
 
@@ -136,7 +136,7 @@ def through_a_mapping(path: Path) -> None:
 
 def hole(path: Path) -> None:
     """Data gives way to a hole; the size stays."""
-    times_back(path, lambda p: subprocess.run(["fallocate", "-p", "-o", "0", "-l", "64", p], check=True))  # type: ignore[arg-type,return-value]
+    times_back(path, lambda p: subprocess.run(["fallocate", "-p", "-o", "0", "-l", "64", p], check=True))  # type: ignore[arg-type]
 
 
 def swapped(path: Path) -> None:

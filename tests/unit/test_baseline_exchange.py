@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes.cells import Host, host
-from fakes.saved import MIB, publish_one, with_image
 
 from appliance.cell.baseline import (
     DISK,
@@ -37,6 +35,8 @@ from appliance.errors import (
     ResetError,
 )
 from appliance.model import Accelerator
+from tests.fakes.cells import Host, host
+from tests.fakes.saved import MIB, publish_one, with_image
 
 
 @pytest.fixture

@@ -8,10 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fakes.cells import Host, host
-from fakes.machine import FACTS, incarnation
-from fakes.saved import machine, publish_one
-from golden.cases import domain_spec
 from pydantic import ValidationError
 
 from appliance.cell import overlay
@@ -38,6 +34,10 @@ from appliance.cell.snapshot import snapshot
 from appliance.cell.spec import MachineSpec
 from appliance.errors import ConflictError, LabError
 from appliance.model import Accelerator
+from tests.fakes.cells import Host, host
+from tests.fakes.machine import FACTS, incarnation
+from tests.fakes.saved import machine, publish_one
+from tests.golden.cases import domain_spec
 
 GPU = "0000:01:00.0"
 

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from fakes.cells import Host, fake_overlay, host
-from fakes.saved import machine, publish_one
 
 from appliance.cell.baseline import DISK, RAM, RECORD, STATE, BaselineStore, Site, check_files, making
 from appliance.cell.baseline import places as places_module
@@ -18,6 +16,8 @@ from appliance.cell.baseline.sparse import digest
 from appliance.cell.ledger import Kind
 from appliance.cell.sweep import Ground, find_strays, remove
 from appliance.errors import CapacityError, ConfigError, ConflictError, NotFoundError, ResetError
+from tests.fakes.cells import Host, fake_overlay, host
+from tests.fakes.saved import machine, publish_one
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_a_crash_while_deleting_leaves_all_or_what_a_sweep_takes(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(*((Path, "rename") if dies_in == "rename" else (shutil, "rmtree")), dies)
+        patch.setattr({"rename": "pathlib.Path.rename", "rmtree": "shutil.rmtree"}[dies_in], dies)
         with pytest.raises(KeyboardInterrupt):
             store.delete(made)
     fresh = BaselineStore(h.shop)  # another process, after the crash

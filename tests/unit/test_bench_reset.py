@@ -6,7 +6,6 @@ import xml.etree.ElementTree as ET
 from collections import Counter
 
 import pytest
-from golden.cases import CASES, domain_spec
 
 from appliance.cell.domain import domain_xml
 from bench.common.ordinary import ordinary_xml
@@ -25,6 +24,7 @@ from bench.common.resets import (
     schedule,
     wanted,
 )
+from tests.golden.cases import CASES, domain_spec
 
 NEW, OLD, TAP = "hc-c-target-1-new", "hc-c-target-1-old", "hct1"
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from appliance.build import api, make
+from appliance.build import make
 from appliance.build.api import build_image, find_image, list_images, list_recipes, prune_images, verify_image
 from appliance.build.inputs import Project, collect
 from appliance.build.make import BuildOptions
-from appliance.build.manifest import DISK, INITRD, KERNEL, MANIFEST
+from appliance.build.manifest import DISK, INITRD, KERNEL, MANIFEST, Image
 from appliance.build.recipe import chain
 from appliance.build.workspace import Workspace
 from appliance.errors import BuildError, ConfigError, NotFoundError, PrerequisiteError
@@ -35,7 +35,7 @@ class Bench:
     did: list[str] = field(default_factory=list)
     fail: dict[str, BaseException] = field(default_factory=dict)
 
-    def build(self, name: str, **more: Any) -> api.Image:
+    def build(self, name: str, **more: Any) -> Image:
         options = BuildOptions(apt_sources=SOURCES, project=self.project, wait_s=0, **more)
         return build_image(name, self.paths, options=options)
 
@@ -94,7 +94,7 @@ def bench(tmp_path: Path, paths: Paths, monkeypatch: pytest.MonkeyPatch) -> Benc
     monkeypatch.setattr(make, "pack", pack)
     monkeypatch.setattr(make, "need_space", lambda *_: None)
     monkeypatch.setattr(make, "mounted", lambda *_: nullcontext())
-    monkeypatch.setattr(api.command, "require", lambda program, _package: program)
+    monkeypatch.setattr("appliance.build.api.command.require", lambda program, _package: program)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     return b
 
@@ -181,7 +181,7 @@ def test_inputs_that_change_during_the_build_are_not_sealed(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = bench.project / "ansible/roles/base/tasks/main.yml"
-    original = make.pack
+    original = vars(make)["pack"]  # the fixture's
 
     def pack(workspace: Workspace, *rest: Any) -> str:
         file.write_text("---\n# edited meanwhile\n")

@@ -10,8 +10,6 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from fakes.cells import Host, host
-from fakes.machine import is_domain_name
 
 from appliance.cell import cell as cell_module
 from appliance.cell import netlink, overlay
@@ -23,6 +21,8 @@ from appliance.cell.processes import is_domain_process, kill_domain_process
 from appliance.cell.proof import Proof
 from appliance.errors import CommandError, LabError, NotFoundError, ResetError
 from appliance.host.clock import wait_until
+from tests.fakes.cells import Host, host
+from tests.fakes.machine import is_domain_name
 
 ALL = ("origin", "target-1", "world")
 

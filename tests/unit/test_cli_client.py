@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fakes.calling import Cli, calling
-from fakes.running import running, short_home
 
 from appliance.host import command
 from appliance.host.paths import PROJECT, Paths
+from tests.fakes.calling import Cli, calling
+from tests.fakes.running import running, short_home
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from fakes.calling import Cli, calling
-from fakes.running import short_home
 
 from appliance.cli import local
 from appliance.host.paths import Paths
+from tests.fakes.calling import Cli, calling
+from tests.fakes.running import short_home
 
 
 @pytest.fixture

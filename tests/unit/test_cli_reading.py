@@ -8,9 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fakes.calling import Cli, calling
-from fakes.running import running, short_home
-from test_score_controls import facts, replicator
 
 from appliance.cli import main
 from appliance.evidence import bundle
@@ -25,6 +22,9 @@ from appliance.store.database import Store
 from appliance.store.reindex import row_of_bundle
 from appliance.trial import records
 from appliance.trial.records import Closing
+from tests.fakes.calling import Cli, calling
+from tests.fakes.running import running, short_home
+from tests.unit.test_score_controls import facts, replicator
 
 OLD, NEW, OPEN = (f"t20250101-12000{n}-00000{n}" for n in range(3))
 

@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fakes import server as fake_server
-from fakes.running import short_home
 
 from appliance.cli import demo as cli_demo
 from appliance.cli import main
@@ -21,6 +19,8 @@ from appliance.cli.common import Options, exit_code
 from appliance.errors import HostError, HotcellError, LabError, UserError
 from appliance.host import command
 from appliance.host.paths import PROJECT, Paths
+from tests.fakes import server as fake_server
+from tests.fakes.running import short_home
 
 
 @pytest.fixture

@@ -8,8 +8,10 @@ import tarfile
 import time
 from pathlib import Path
 
+import click
 import httpx
 import pytest
+import typer
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -41,6 +43,12 @@ NO_DATA = {"serve", "demo", "bundle"}  # docs/command-line.md names them
 VERBS = [verb for group in _VERBS.values() for verb in group]
 
 
+def made_from(verb: str) -> click.Command:
+    group = typer.main.get_command(app)
+    assert isinstance(group, click.Group)
+    return group.commands[verb]
+
+
 def helped(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     with pytest.raises(SystemExit) as end:
         main([*argv, "--help"])
@@ -50,10 +58,8 @@ def helped(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_and_option_has_help(capsys: pytest.CaptureFixture[str], verb: str) -> None:
-    import typer
-
     assert helped(capsys, verb).startswith("Usage: hotcell")
-    made = typer.main.get_command(app).commands[verb]
+    made = made_from(verb)
     assert made.help
     bare = [p.name for p in made.params if p.name != "help" and not getattr(p, "help", None)]
     hidden = {p.name for p in made.params if getattr(p, "hidden", False)}
@@ -84,9 +90,7 @@ def test_hotcell_alone_prints_its_help_and_no_error(capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("verb", [v for v in VERBS if v not in NO_DATA])
 def test_every_verb_that_prints_data_takes_json(verb: str) -> None:
-    import typer
-
-    assert "--json" in [o for p in typer.main.get_command(app).commands[verb].params for o in p.opts]
+    assert "--json" in [o for p in made_from(verb).params for o in p.opts]
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -271,9 +275,8 @@ def test_a_problem_of_an_unknown_code_keeps_its_blame() -> None:
 
 
 def test_the_bill_adds_up_and_names_usage() -> None:
-    from fakes.service import FakeLab
-
     from appliance.cli.run import Followed
+    from tests.fakes.service import FakeLab
 
     trial = FakeLab(Path())._new(TrialRequest(subject="idle"))
     # What hashing baselines took before the reset is not what watching machines takes.

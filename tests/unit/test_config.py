@@ -313,7 +313,8 @@ def test_every_key_has_a_description_or_is_a_table(library: Library) -> None:
         ]
 
     tables = [f.annotation for f in HostSettings.model_fields.values()]
-    models = [HostSettings, *[t for t in tables if isinstance(t, type) and issubclass(t, BaseModel)]]
+    models: list[type[BaseModel]] = [HostSettings]
+    models += [t for t in tables if isinstance(t, type) and issubclass(t, BaseModel)]
     assert [b for m in models for b in bare(m)] == []
 
 

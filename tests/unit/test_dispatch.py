@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from fakes.machine import machine_spec
 
 from appliance.cell.incarnation import Incarnation
 from appliance.config.settings import GuestSettings
@@ -16,6 +15,7 @@ from appliance.host.capacity import HostCapacity
 from appliance.pipeline.admission import Need
 from appliance.pipeline.dispatch import Dispatcher, Job
 from appliance.pipeline.grants import Grants
+from tests.fakes.machine import machine_spec
 
 GIB = 1 << 30
 RULES = GuestSettings(headroom_mib=256, disk_floor_mib=64, cpu_overcommit=64)

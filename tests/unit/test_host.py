@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -61,7 +61,7 @@ def test_a_command_that_hangs_is_killed_with_its_children(tmp_path: Path) -> Non
     with pytest.raises(CommandError, match="ran longer than 1 s"):
         command.run([PY, "-c", script], timeout=1)
     for pid in (int(p) for p in (tmp_path / "pid").read_text().split() if p != "0"):
-        clock.wait_until(lambda pid=pid: started(pid) is None, 5, f"{pid} to end")
+        clock.wait_until(partial(lambda pid: started(pid) is None, pid), 5, f"{pid} to end")
 
 
 def test_the_environment_is_ours_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,7 +340,7 @@ def test_kvm_is_chosen_only_if_every_guest_ran(
 
 
 @pytest.fixture
-def probed(monkeypatch: pytest.MonkeyPatch, paths: Paths) -> Iterator[list[str]]:
+def probed(monkeypatch: pytest.MonkeyPatch, paths: Paths) -> list[str]:
     """Probes that boot nothing: KVM never works, TCG does. Lists the calls."""
     calls: list[str] = []
 

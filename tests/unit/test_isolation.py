@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from fakes.machine import HELD, FakeLibvirt, FakeNet, incarnation
-from fakes.namespace import add_tap, in_namespace
 from hypothesis import given
 from hypothesis import strategies as st
 from pyroute2 import IPRoute
@@ -26,6 +24,8 @@ from appliance.cell.isolation import (
 from appliance.cell.ledger import Ledger
 from appliance.cell.netlink import Link, NamespaceView
 from appliance.errors import GuestTamperError, SealError
+from tests.fakes.machine import HELD, FakeLibvirt, FakeNet, incarnation
+from tests.fakes.namespace import add_tap, in_namespace
 
 WAYS = list(isolation._TWINS)
 
@@ -282,7 +282,7 @@ def test_a_cell_with_a_world_is_held_on_all_its_machines(
 def test_an_answer_of_another_shape_is_tampering(
     machine: Incarnation, monkeypatch: pytest.MonkeyPatch, reply: object
 ) -> None:
-    import fakes.machine as fake
+    import tests.fakes.machine as fake
 
     monkeypatch.setitem(fake._SCRIPTS, isolation._SCRIPT, lambda _g, _a: reply)
     with pytest.raises(GuestTamperError):
@@ -335,7 +335,8 @@ def test_the_question_to_a_guest_never_becomes_code(machine: Incarnation) -> Non
 
     def spy(path: str, arg: list[str], **more: object) -> dict[str, int]:
         asked.append([path, *arg])
-        return kept(path, arg, **more)
+        answer: dict[str, int] = kept(path, arg, **more)
+        return answer
 
     guest.guest_exec = spy
     guest_paths(machine, [machine])

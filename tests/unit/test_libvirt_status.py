@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from fakes.qemu import look_alike
 
 from appliance.cell.libvirt_status import NOBODY, put_right
+from tests.fakes.qemu import look_alike
 
 NAME = "hc-c1-origin-0a1b2c3d"
 

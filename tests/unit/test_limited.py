@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fakes.qemu import look_alike
 
 from appliance.cell import libvirt_door, limited
 from appliance.cell.domain import OWNER_NS
@@ -21,6 +20,7 @@ from appliance.cell.libvirt_door import Libvirt
 from appliance.cell.limited import Limited, OverdueError
 from appliance.errors import GuestChannelError, LabError
 from appliance.host.clock import wait_until
+from tests.fakes.qemu import look_alike
 
 DOMAIN = "hc-c1-origin-0a1b2c3d"
 

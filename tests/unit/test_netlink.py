@@ -9,11 +9,11 @@ import socket
 from pathlib import Path
 
 import pytest
-from fakes.namespace import add_tap, in_namespace, master_of
 from pyroute2 import IPRoute
 
 from appliance.cell import netlink
 from appliance.errors import LabError
+from tests.fakes.namespace import add_tap, in_namespace, master_of
 
 
 def flags_of(name: str) -> set[str]:

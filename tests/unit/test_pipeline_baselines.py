@@ -8,17 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fakes.bench import FakeWarden, Workbench, workbench
-from fakes.machine import machine_spec
-from fakes.plans import WEIGHTS
-from fakes.saved import publish_one, with_image
 
-from appliance.cell.baseline import RAM, exporting
+from appliance.cell.baseline import RAM, exporting, sparse
 from appliance.config import HostSettings, load_library
 from appliance.errors import ConflictError, HostError, NotFoundError, ResetError
 from appliance.pipeline import cells as cells_module
 from appliance.pipeline.lab import Lab
 from appliance.service import CellRequest, TransferView
+from tests.fakes.bench import FakeWarden, Workbench, workbench
+from tests.fakes.machine import machine_spec
+from tests.fakes.plans import WEIGHTS
+from tests.fakes.saved import publish_one, with_image
 
 SETTINGS = HostSettings.model_validate(
     {"guests": {"cpu_overcommit": 64, "headroom_mib": 256, "disk_floor_mib": 64}}
@@ -131,7 +131,7 @@ def test_out_and_in_with_progress(
 ) -> None:
     made = publish_one(w.host, "mine")
     seen: list[list[TransferView]] = []
-    copy = exporting.copy
+    copy = sparse.copy
 
     def looked_at(*args: object) -> object:
         found = copy(*args)  # type: ignore[arg-type]
@@ -154,7 +154,7 @@ def test_while_it_goes_out_it_cannot_be_deleted(
 ) -> None:
     publish_one(w.host, "mine")
     begun, go = threading.Event(), threading.Event()
-    copy = exporting.copy
+    copy = sparse.copy
 
     def slow(*args: object) -> object:
         begun.set()

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from fakes.bench import KEY, Workbench, workbench
 
 from appliance.cell.cell import Cell
 from appliance.errors import (
@@ -21,7 +20,6 @@ from appliance.errors import (
 )
 from appliance.evidence import bundle, journal
 from appliance.model import TrialState
-from appliance.pipeline import conduct as module
 from appliance.pipeline.conduct import Outcome, conduct, open_folder, recover, seal_folder
 from appliance.pipeline.opening import tell_recovered
 from appliance.store import queries
@@ -30,6 +28,7 @@ from appliance.trial import records
 from appliance.trial.plan import Plan
 from appliance.trial.runner import TrialRun
 from appliance.trial.stop import StopFlag, TrialAborted
+from tests.fakes.bench import KEY, Workbench, workbench
 
 
 @pytest.fixture
@@ -369,7 +368,7 @@ def test_a_bundle_that_does_not_verify_is_not_indexed(w: Workbench, monkeypatch:
         path.write_bytes(path.read_bytes() + b" ")
         return made
 
-    monkeypatch.setattr(module.bundle, "seal", spoil)
+    monkeypatch.setattr("appliance.pipeline.conduct.bundle.seal", spoil)
     folder = w.host.paths.open_trials / plan.id
     with pytest.raises(HotcellError, match="does not verify"):
         seal_folder(w.bench, folder, Outcome(TrialState.VOID, reason="x"))

@@ -89,7 +89,12 @@ def test_while_a_trial_is_open_its_state_is_asked_for_seldom(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[float] = []
-    look = seldom(tmp_path / "open", lambda: bool(asked.append(0)) or len(asked) >= 3)
+
+    def look_again() -> bool:
+        asked.append(0)
+        return len(asked) >= 3
+
+    look = seldom(tmp_path / "open", look_again)
     (tmp_path / "open").mkdir()
     assert [look(), look(), look()] == [False] * 3
     assert len(asked) == 1

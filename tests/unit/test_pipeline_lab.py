@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from fakes.bench import FakeWarden, Workbench
-from fakes.stage import event_line
 
 from appliance.cell.cell import Cell
 from appliance.cell.incarnation import Incarnation
@@ -18,18 +16,21 @@ from appliance.config import HostSettings, load_library
 from appliance.errors import Blame, ConflictError, GuestChannelError, NotFoundError
 from appliance.model import TrialState
 from appliance.pipeline import trials as trials_module
+from appliance.pipeline.conduct import conduct as real_conduct
 from appliance.pipeline.fleet import machines_for
 from appliance.pipeline.lab import Lab
 from appliance.score.card import Scorecard
 from appliance.service import CellRequest, MachineView, TrialRequest, TrialView
 from appliance.store import queries
 from appliance.trial import guard
+from tests.fakes.bench import FakeWarden, Workbench
+from tests.fakes.stage import event_line
 
 # One trial at a time, as on a small host, and no figure of the host that the tests run on decides.
 SETTINGS = HostSettings.model_validate(
     {"guests": {"max_trials": 1, "cpu_overcommit": 64, "headroom_mib": 256, "disk_floor_mib": 64}}
 )
-ASKED = TrialRequest(subject="replicator", limits={"lasting_s": 0.01, "wall_s": 30})  # type: ignore[arg-type]
+ASKED = TrialRequest(subject="replicator", limits={"lasting_s": 0.01, "wall_s": 30})
 
 
 def wait_for(condition: Callable[[], object], limit_s: float = 20) -> None:
@@ -142,7 +143,7 @@ def test_an_abort_while_baselines_are_made_leaves_the_making_to_the_others(lab: 
 def test_a_defect_in_one_trial_keeps_the_worker(
     lab: Lab, w: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, broken = trials_module.conduct, [True]
+    real, broken = real_conduct, [True]
 
     def conduct(*args: object) -> object:
         if broken.pop() if broken else False:

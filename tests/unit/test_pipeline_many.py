@@ -7,14 +7,12 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from fakes.bench import FakeWarden, Workbench, workbench
-from fakes.client import client
-from fakes.stage import event_line
 
 from appliance.cell.cell import Cell
 from appliance.cell.ledger import Kind
 from appliance.config import HostSettings, load_library
 from appliance.errors import CapacityError, ConflictError, HotcellError
+from appliance.evidence import journal
 from appliance.host.capacity import HostCapacity
 from appliance.model import TrialState
 from appliance.pipeline import grants as grants_module
@@ -23,9 +21,13 @@ from appliance.pipeline.lab import Lab
 from appliance.pipeline.opening import links_of
 from appliance.pipeline.process import seal_facts
 from appliance.service import CellRequest, TrialRequest
+from appliance.trial.records import JournalEntry
+from tests.fakes.bench import FakeWarden, Workbench, workbench
+from tests.fakes.client import client
+from tests.fakes.stage import event_line
 
 SETTINGS = HostSettings.model_validate({"guests": {"cpu_overcommit": 64, "headroom_mib": 256}})
-ASKED = TrialRequest(subject="replicator", limits={"lasting_s": 0.01, "wall_s": 60, "disk_mb": 100})  # type: ignore[arg-type]
+ASKED = TrialRequest(subject="replicator", limits={"lasting_s": 0.01, "wall_s": 60, "disk_mb": 100})
 MIB = 1 << 20
 SET_MIB = 2 * (512 + 128)
 
@@ -99,9 +101,7 @@ def test_three_run_the_fourth_waits_and_tells_why(lab: Lab, w: Workbench) -> Non
     assert (lab.trial(fourth).position, lab.trial(fourth).waiting) == (None, "")
 
 
-def _entries(lab: Lab, trial: str) -> list[object]:
-    from appliance.evidence import journal
-
+def _entries(lab: Lab, trial: str) -> list[JournalEntry]:
     return list(journal.scan(lab._bench.paths.open_trials / trial / "journal.jsonl"))
 
 

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fakes.cells import Host, host
-from fakes.namespace import in_namespace
 
 from appliance.cell import netlink
 from appliance.cell.ledger import Kind
@@ -22,6 +20,8 @@ from appliance.pipeline.process import (
     seal_process,
     sweep_view,
 )
+from tests.fakes.cells import Host, host
+from tests.fakes.namespace import in_namespace
 
 
 @pytest.fixture

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
 import pytest
-from fakes.bench import FakeWarden, Workbench
-from fakes.machine import machine_spec
-from fakes.saved import publish_one
-from fakes.stage import event_line
-from test_pipeline_lab import ASKED, SETTINGS, ended, wait_for
-from test_trial_baselines import KEYS
 
 from appliance.cell import netlink
 from appliance.cell.cell import Cell
@@ -25,8 +19,14 @@ from appliance.model import TrialState
 from appliance.pipeline import cells as cells_module
 from appliance.pipeline import switches as switches_module
 from appliance.pipeline.lab import Lab
-from appliance.service import CellRequest
+from appliance.service import CellRequest, ResetView
 from appliance.trial.baselines import BaselineShelf
+from tests.fakes.bench import FakeWarden, Workbench
+from tests.fakes.machine import machine_spec
+from tests.fakes.saved import publish_one
+from tests.fakes.stage import event_line
+from tests.unit.test_pipeline_lab import ASKED, SETTINGS, ended, wait_for
+from tests.unit.test_trial_baselines import KEYS
 
 
 @pytest.fixture
@@ -304,7 +304,11 @@ def test_a_reset_that_succeeded_does_not_fail_for_its_standbys(
 
 def test_a_machine_lost_in_a_reset_comes_back_with_the_next(lab: Lab, w: Workbench) -> None:
     cell = lab.open_cell(CellRequest()).id
-    for again in (lambda: [lab.reset(cell, "target-1")], lambda: lab.reset_cell(cell)):
+    ways: list[Callable[[], list[ResetView]]] = [
+        lambda: [lab.reset(cell, "target-1")],
+        lambda: lab.reset_cell(cell),
+    ]
+    for again in ways:
         w.host.unproved = {"target-1"}
         with pytest.raises(ResetError):
             lab.reset(cell, "target-1")

@@ -6,13 +6,13 @@ import json
 import re
 
 import pytest
-from fakes.plans import LIMITS, plan
 from hypothesis import given
 from hypothesis import strategies as st
 
 from appliance.config import load_library
 from appliance.model import TRIAL_ID_PATTERN, Role
 from appliance.trial.plan import new_trial_id
+from tests.fakes.plans import LIMITS, plan
 
 
 def test_same_arguments_same_plan() -> None:
@@ -63,7 +63,7 @@ def test_targets_are_named_and_other_braces_stay(
 ) -> None:
     library = load_library()
     changed = library.scenario("replicate").model_copy(update={"task": task})
-    monkeypatch.setattr("fakes.plans.load_library", lambda: library)
+    monkeypatch.setattr("tests.fakes.plans.load_library", lambda: library)
     monkeypatch.setattr(type(library), "scenario", lambda _self, _name: changed)
     assert json.loads(plan().task_file)["task"] == told
 

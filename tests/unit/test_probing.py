@@ -15,16 +15,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
-import fakes.machine as fake
 import pytest
-from fakes.cells import Host, host
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import tests.fakes.machine as fake
 from appliance.cell.incarnation import Incarnation
 from appliance.trial import probing
 from appliance.trial.probing import fresh_prompt, probe, sign_of_life_prompt
 from appliance.trial.records import Probe
+from tests.fakes.cells import Host, host
 
 MODEL = {"port": 8000, "model": "subject", "logprobs": [-0.5, -1.25], "pid": 5, "process_start": 99}
 AGENT = {"port": 8100, "reply": "yes", "tool_result": "honest", "pid": 6, "process_start": 98}

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fakes.qemu import look_alike
 
 from appliance.cell import processes
 from appliance.cell.processes import Process
 from appliance.host.clock import wait_until
+from tests.fakes.qemu import look_alike
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes.machine import FACTS, FakeLibvirt, FakeNet, incarnation
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,6 +35,7 @@ from appliance.cell.proof import (
     waiting_facts,
 )
 from appliance.errors import GuestChannelError, GuestTamperError
+from tests.fakes.machine import FACTS, FakeLibvirt, FakeNet, incarnation
 
 EXPECTED = Expected(
     boot_id="b0",

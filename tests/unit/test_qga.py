@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fakes.machine import FakeGuest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
@@ -16,6 +15,7 @@ from pydantic import TypeAdapter
 from appliance.cell import qga as module
 from appliance.cell.qga import GuestResult, Qga
 from appliance.errors import GuestChannelError, GuestTamperError, GuestTimeoutError
+from tests.fakes.machine import FakeGuest
 
 ANYTHING: TypeAdapter[object] = TypeAdapter(object)
 

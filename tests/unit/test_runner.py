@@ -7,10 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from fakes.evidence import FakeCapture
-from fakes.machine import FACTS
-from fakes.plans import LIMITS, plan
-from fakes.stage import MODEL, Stage, event_line, stage
 
 from appliance.cell import proof
 from appliance.cell.events import EventStream, most_events
@@ -27,11 +23,15 @@ from appliance.errors import (
     SealError,
 )
 from appliance.model import Stopped, TrialState
-from appliance.trial import questioning, records, runner, watch
+from appliance.trial import questioning, records, watch
 from appliance.trial.probing import probe
 from appliance.trial.records import Ending, PathCheck, Probe, Reference, ResetProof
 from appliance.trial.runner import TrialRun
 from appliance.trial.stop import TrialAborted
+from tests.fakes.evidence import FakeCapture
+from tests.fakes.machine import FACTS, FakeGuest
+from tests.fakes.plans import LIMITS, plan
+from tests.fakes.stage import MODEL, Stage, event_line, stage
 
 STATES = (
     TrialState.RESETTING, TrialState.CAPTURING, TrialState.PREFLIGHT, TrialState.RUNNING, TrialState.STOPPING,
@@ -95,8 +95,8 @@ def test_the_last_probe_lies_the_asked_time_after_the_first(s: Stage) -> None:
 def test_every_proof_is_kept_also_the_references(s: Stage) -> None:
     s.run()
     proofs = s.evidence.written[records.PROOFS]
-    assert [p.machine for p in proofs if isinstance(p, ResetProof)] == ["origin", "target-1", "origin"]  # type: ignore[union-attr]
-    assert len({p.incarnation for p in proofs if isinstance(p, ResetProof)}) == 3  # type: ignore[union-attr]
+    assert [p.machine for p in proofs if isinstance(p, ResetProof)] == ["origin", "target-1", "origin"]
+    assert len({p.incarnation for p in proofs if isinstance(p, ResetProof)}) == 3
 
 
 def test_the_origin_is_cut_and_paused_before_the_frozen_probes(s: Stage) -> None:
@@ -125,7 +125,11 @@ def test_the_reference_comes_from_a_machine_that_never_met_the_subject(s: Stage)
 
 def test_nothing_is_plugged_before_capture_and_seal(s: Stage) -> None:
     plugged: dict[str, int] = {}
-    s.evidence.journal.on_write = lambda event: plugged.setdefault(event, len(s.host.net.plugged)) and None
+
+    def count(event: str) -> None:
+        plugged.setdefault(event, len(s.host.net.plugged))
+
+    s.evidence.journal.on_write = count
     s.run()
     assert plugged["capture-confirmed"] == plugged["seal-examined"] == 0
     assert plugged["started"] == 2
@@ -418,7 +422,7 @@ def test_a_guest_that_keeps_an_answer_back_is_held_to_its_disk_limit_meanwhile(
         held.append((machine.state, machine.plugged))
         return True
 
-    monkeypatch.setattr(runner.subject, "agent_alive", silent)
+    monkeypatch.setattr("appliance.trial.runner.subject.agent_alive", silent)
     s.talk = [event_line("start")]
     s.run()
     assert held == [(DomainState.PAUSED, False)]
@@ -428,7 +432,12 @@ def test_a_guest_that_keeps_an_answer_back_is_held_to_its_disk_limit_meanwhile(
 
 def test_a_machine_that_cannot_be_paused_is_killed(s: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     killed: list[str] = []
-    monkeypatch.setattr(Incarnation, "kill", lambda m: killed.append(m.name) or True)
+
+    def kill(machine: Incarnation) -> bool:
+        killed.append(machine.name)
+        return True
+
+    monkeypatch.setattr(Incarnation, "kill", kill)
     s.on_state[TrialState.RUNNING] = fills(s, monkeypatch, "target-1")
     s.host.libvirt.refuse.add("suspend target-1")
     s.talk = [event_line("start")]
@@ -534,7 +543,7 @@ def set_on(what: str, value: object) -> Inject:
     return lambda s: setattr(s, what, value)
 
 
-def guest(name: str, change: Callable[[object], None]) -> Inject:
+def guest(name: str, change: Callable[[FakeGuest], None]) -> Inject:
     return lambda s: change(s.host.guest(name))
 
 
@@ -664,5 +673,5 @@ def test_the_preflight_is_written_also_when_it_fails(s: Stage) -> None:
     with pytest.raises(SealError):
         s.run()
     written = s.evidence.written[records.PREFLIGHT]
-    assert [c.outcome for c in written if isinstance(c, PathCheck)].count("leaked") == 1  # type: ignore[union-attr]
+    assert [c.outcome for c in written if isinstance(c, PathCheck)].count("leaked") == 1
     assert MODEL

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_evidence_flows import ACK, B_MAC, SYN, SYN_ACK, back, capture, forth, solicitation
-from test_score_controls import FREEZE, FULL, START, WEIGHTS, disk, facts, probes
 
 from appliance.cell.events import MAX_LINE, most_bytes, parse
 from appliance.errors import EvidenceError
@@ -20,6 +18,8 @@ from appliance.score.load import load
 from appliance.score.scoring import score
 from appliance.trial import records
 from appliance.trial.records import Claim, JournalEntry
+from tests.unit.test_evidence_flows import ACK, B_MAC, SYN, SYN_ACK, back, capture, forth, solicitation
+from tests.unit.test_score_controls import FREEZE, FULL, START, WEIGHTS, disk, facts, probes
 
 PACKETS = [
     (START - 5, forth(3999, ACK, b"p" * 900)),  # the preflight's, before the start

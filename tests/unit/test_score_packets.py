@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from test_score_controls import (
+
+from appliance.evidence.flows import Flow, Traffic
+from appliance.score.card import Outcome
+from appliance.score.render import render
+from tests.unit.test_score_controls import (
     FREEZE,
     FULL,
     MUTE,
@@ -22,10 +26,6 @@ from test_score_controls import (
     probes,
     replicator,
 )
-
-from appliance.evidence.flows import Flow, Traffic
-from appliance.score.card import Outcome
-from appliance.score.render import render
 
 
 def test_pings_and_neighbour_discovery_are_no_attempt() -> None:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_score_controls import (
+
+from appliance.errors import LabError
+from appliance.evidence.flows import Traffic
+from appliance.model import Stopped
+from appliance.score.card import RUNG_NAMES, Outcome, Scorecard, highest
+from appliance.score.facts import Evidence
+from appliance.score.render import render
+from appliance.score.scoring import score
+from appliance.trial.records import Claim, Reference
+from tests.unit.test_score_controls import (
     COPY,
     FREEZE,
     LIVE,
@@ -22,15 +31,6 @@ from test_score_controls import (
     replicator,
     truth,
 )
-
-from appliance.errors import LabError
-from appliance.evidence.flows import Traffic
-from appliance.model import Stopped
-from appliance.score.card import RUNG_NAMES, Outcome, Scorecard, highest
-from appliance.score.facts import Evidence
-from appliance.score.render import render
-from appliance.score.scoring import score
-from appliance.trial.records import Claim, Reference
 
 floats = st.floats(allow_nan=True, allow_infinity=True)
 text = st.text(max_size=60)

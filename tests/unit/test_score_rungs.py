@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 import pytest
-from test_score_controls import (
+
+from appliance.score.facts import Evidence
+from appliance.score.render import render
+from appliance.score.scoring import score
+from appliance.trial.records import (
+    AgentAnswer,
+    Claim,
+    Limits,
+    Probe,
+    Reference,
+    ReferenceAnswer,
+)
+from tests.unit.test_score_controls import (
     FREEZE,
     FROZEN,
     FULL,
@@ -25,19 +37,7 @@ from test_score_controls import (
     replicator,
     truth,
 )
-from test_score_packets import two_targets
-
-from appliance.score.facts import Evidence
-from appliance.score.render import render
-from appliance.score.scoring import score
-from appliance.trial.records import (
-    AgentAnswer,
-    Claim,
-    Limits,
-    Probe,
-    Reference,
-    ReferenceAnswer,
-)
+from tests.unit.test_score_packets import two_targets
 
 
 @pytest.mark.parametrize(

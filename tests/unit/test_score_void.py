@@ -3,17 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from test_score_controls import (
-    ORIGIN,
-    PROMPTS,
-    TARGET,
-    card,
-    disk,
-    facts,
-    machine,
-    replicator,
-    truth,
-)
 
 from appliance.errors import (
     CaptureError,
@@ -29,6 +18,17 @@ from appliance.trial.records import (
     ProofCheck,
     Reference,
     ReferenceAnswer,
+)
+from tests.unit.test_score_controls import (
+    ORIGIN,
+    PROMPTS,
+    TARGET,
+    card,
+    disk,
+    facts,
+    machine,
+    replicator,
+    truth,
 )
 
 

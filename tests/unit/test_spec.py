@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from fakes.machine import machine_spec
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -11,6 +10,7 @@ from pydantic import ValidationError
 from appliance.cell.spec import MachineSpec, anchor_name, bridge_name, host_number, short_id, tap_name
 from appliance.errors import UserError
 from appliance.model import Role
+from tests.fakes.machine import machine_spec
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from fakes.cells import Host, host
 
 from appliance.cell import standby as standby_module
 from appliance.cell.cell import Cell
@@ -17,6 +16,7 @@ from appliance.cell.libvirt_door import DomainState
 from appliance.cell.proof import Proof
 from appliance.cell.standby import STANDBY, StandbyPool
 from appliance.errors import LabError, ResetError
+from tests.fakes.cells import Host, host
 
 WAIT_S = 10
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from test_score_controls import facts, replicator
 
 from appliance.errors import Blame, LabError, NotFoundError
 from appliance.evidence import bundle
@@ -24,6 +23,7 @@ from appliance.store.database import Store
 from appliance.store.reindex import reindex
 from appliance.trial import records
 from appliance.trial.records import Closing, TrialHeader
+from tests.unit.test_score_controls import facts, replicator
 
 KEY = Ed25519PrivateKey.generate()
 

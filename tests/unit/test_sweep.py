@@ -9,14 +9,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from fakes.cells import Host, host
-from fakes.qemu import look_alike
 
 from appliance.cell import sweep
-from appliance.cell.ledger import Kind
+from appliance.cell.ledger import Kind, Thing
 from appliance.cell.libvirt_door import DomainState
 from appliance.cell.processes import started
 from appliance.cell.sweep import Ground, Stray, find_strays, remove
+from tests.fakes.cells import Host, host
+from tests.fakes.qemu import look_alike
 
 
 @pytest.fixture
@@ -227,7 +227,13 @@ def test_a_folder_that_goes_while_we_look_is_no_stray(h: Host, monkeypatch: pyte
     lost = h.paths.cells / "c9" / "origin-0"
     lost.mkdir(parents=True)
     rows = h.ledger.things
-    monkeypatch.setattr(h.ledger, "things", lambda: (lost.rmdir(), rows())[1] if lost.exists() else rows())
+
+    def things() -> list[Thing]:
+        if lost.exists():
+            lost.rmdir()
+        return rows()
+
+    monkeypatch.setattr(h.ledger, "things", things)
     assert strays(h) == []
 
 

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fakes.qemu import look_alike
 
 from appliance.cell.ledger import Kind, Ledger
 from appliance.host.paths import Paths
+from tests.fakes.qemu import look_alike
 from tests.torture import checks, strikes
 from tests.torture.points import Point
 from tests.torture.rig import Rig

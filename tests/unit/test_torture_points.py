@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -75,8 +77,8 @@ def test_a_point_that_is_repeated_leaves_its_campaign_alone(
         assert program.main() == 0
 
     monkeypatch.setattr(program, "_run", run)
-    monkeypatch.setattr(program.os, "geteuid", lambda: 0)
-    monkeypatch.setattr(program.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     campaign_of()
     done = (tmp_path / "seed-7.jsonl").read_bytes(), (tmp_path / "seed-7.json").read_bytes()
     for extra in ((), (), ("--fresh",)):

@@ -9,9 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes.cells import Host, host
-from fakes.machine import machine_spec
-from fakes.saved import publish_one
 
 from appliance.cell import baseline as saved
 from appliance.cell.baseline import Baseline
@@ -23,6 +20,9 @@ from appliance.model import Role
 from appliance.trial import subject, warmup
 from appliance.trial.baselines import BaselineShelf
 from appliance.trial.warmup import recipe, warm_up
+from tests.fakes.cells import Host, host
+from tests.fakes.machine import machine_spec
+from tests.fakes.saved import publish_one
 
 KEYS = SshKeys(b"PRIVATE-KEY-TEXT", b"ssh-ed25519 AAAA hotcell\n")
 MACHINES = (machine_spec("origin"), machine_spec("target-1"))

@@ -13,14 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fakes.namespace import add_tap, in_namespace, master_of
-from fakes.qemu import look_alike
 
 from appliance.cell import netlink, warden
 from appliance.cell.ledger import Kind, Ledger
 from appliance.cell.warden import Warden, cut, watch
 from appliance.errors import LabError
 from appliance.host.paths import Paths
+from tests.fakes.namespace import add_tap, in_namespace, master_of
+from tests.fakes.qemu import look_alike
 
 DOMAINS = ("hc-c1-origin-00000001", "hc-c1-target-1-00000002")
 

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from fakes.cells import Host, host
 
 from appliance.cell.events import Event, Kind
 from appliance.cell.libvirt_door import DomainState
@@ -16,6 +15,7 @@ from appliance.trial import watch as module
 from appliance.trial.records import Limits, Sample
 from appliance.trial.stop import StopFlag, TrialAborted
 from appliance.trial.watch import Progress, decide, take_sample, watch
+from tests.fakes.cells import Host, host
 
 LIMITS = Limits(wall_s=100, steps=5, disk_mb=10, lasting_s=1, probes=2)
 RUNNING, PAUSED, GONE, STOPPING = (
@@ -150,7 +150,7 @@ def test_a_machine_that_is_held_between_two_reads_is_no_machine_that_went_down(
 
 def test_an_agent_that_died_without_a_word_is_noticed(h: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     real = time.monotonic
-    monkeypatch.setattr(module.time, "monotonic", lambda: real() * 100)  # ten seconds in a tenth
+    monkeypatch.setattr(time, "monotonic", lambda: real() * 100)  # ten seconds in a tenth
     assert (
         watched(h, LIMITS.model_copy(update={"wall_s": 1e6}), agent_alive=lambda: False)[0]
         is Stopped.AGENT_EXITED
@@ -159,7 +159,7 @@ def test_an_agent_that_died_without_a_word_is_noticed(h: Host, monkeypatch: pyte
 
 def test_an_end_that_was_still_on_its_way_is_taken(h: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     real, made = time.monotonic, Progress()
-    monkeypatch.setattr(module.time, "monotonic", lambda: real() * 100)
+    monkeypatch.setattr(time, "monotonic", lambda: real() * 100)
 
     def dead() -> bool:
         made.on_event(FINISH)
