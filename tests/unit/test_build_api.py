@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -181,7 +182,7 @@ def test_inputs_that_change_during_the_build_are_not_sealed(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = bench.project / "ansible/roles/base/tasks/main.yml"
-    original = vars(make)["pack"]  # the fixture's
+    original: Callable[..., str] = vars(make)["pack"]  # the fixture's
 
     def pack(workspace: Workspace, *rest: Any) -> str:
         file.write_text("---\n# edited meanwhile\n")
