@@ -10,11 +10,12 @@ from api.sse import Followers
 from appliance.service import LabService
 
 
-def _lab(request: Request) -> LabService:
+# Coroutines, so that looking these up needs none of the threads that serve requests.
+async def _lab(request: Request) -> LabService:
     return cast("LabService", request.app.state.lab)
 
 
-def _followers(request: Request) -> Followers:
+async def _followers(request: Request) -> Followers:
     return cast("Followers", request.app.state.followers)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Body
 
 from api.examples import HOST_EXAMPLE, answer, body
@@ -33,11 +34,13 @@ def images(lab: Lab) -> list[ImageView]:
 
 
 @router.post("/kill", tags=["switches"], responses=answer(KillView))
-def kill(
+async def kill(
     lab: Lab, request: Annotated[KillRequest | None, Body(openapi_examples=body(KillRequest))] = None
 ) -> KillView:
     """Cut all links, stop all machines, end all trials; refuse new ones until `rearm`."""
-    return lab.kill((request or KillRequest()).reason)
+    # In a thread of its own: those that serve requests may all be at work that takes minutes.
+    reason = (request or KillRequest()).reason
+    return await to_thread.run_sync(lab.kill, reason, limiter=CapacityLimiter(1))
 
 
 @router.post("/rearm", tags=["switches"], responses=answer(HealthView, 503))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import tarfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from appliance.errors import ConflictError
+from appliance.errors import ConflictError, LabError
 from appliance.model import TrialState
 from tests.fakes.client import client
 from tests.fakes.service import FakeLab
@@ -100,6 +102,27 @@ def test_switches_take_an_optional_body(lab: FakeLab) -> None:
     http = client(lab)
     assert http.post("/v1/kill").json()["reason"]
     assert http.post("/v1/kill", json={"reason": "fire"}).json()["reason"] == "fire"
+
+
+def test_the_kill_switch_waits_for_no_other_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab, go = FakeLab(tmp_path), threading.Event()
+    busy = threading.Semaphore(0)
+
+    def works() -> None:
+        busy.release()
+        go.wait(60)
+        raise LabError("it took long")
+
+    monkeypatch.setattr(lab, "host", works)
+    with client(lab) as http, ThreadPoolExecutor(60) as threads:
+        others = [threads.submit(http.get, "/v1/host") for _ in range(59)]
+        try:
+            for _ in range(40):  # as many threads as serve requests
+                assert busy.acquire(timeout=30)
+            assert threads.submit(http.post, "/v1/kill").result(30).status_code == 200
+        finally:
+            go.set()
+        assert {o.result(60).status_code for o in others} == {500}
     assert http.post("/v1/trials", json={"subject": "idle"}).status_code == 409
     assert http.post("/v1/rearm").json()["accepting"] is True
     assert http.post("/v1/sweep").json()["dry_run"] is True, "removing must be asked for"
