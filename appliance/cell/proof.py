@@ -11,7 +11,7 @@ import hashlib
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
@@ -23,7 +23,7 @@ from appliance.cell.incarnation import Incarnation
 from appliance.cell.netlink import namespace_inode
 from appliance.cell.port import Port
 from appliance.cell.qga import Qga
-from appliance.errors import GuestTamperError
+from appliance.errors import GuestTamperError, HotcellError
 from appliance.model import Frozen, printable
 
 _Short = Annotated[str, StringConstraints(max_length=256)]
@@ -171,7 +171,7 @@ def guest_checks(facts: GuestFacts, expected: Expected) -> Iterator[Check]:
     yield _same("RAM holds the baseline's nonce", expected.nonce, facts.nonce)
     yield _same("no RAM sentinel of an earlier run", "", facts.ram_sentinel)
     yield _same("no disk sentinel of an earlier run", "", facts.disk_sentinel)
-    yield _same("the random generator was reseeded", "True", str(facts.reseeded))
+    yield reseeded(facts)
     extra = sorted(set(facts.processes) - set(expected.processes))
     missing = sorted(set(expected.processes) - set(facts.processes))
     yield Check(
@@ -180,6 +180,11 @@ def guest_checks(facts: GuestFacts, expected: Expected) -> Iterator[Check]:
         expected=f"{len(expected.processes)} processes with their start times",
         found=printable(f"{len(facts.processes)}; extra {extra[:5]}; missing {missing[:5]}", 400),
     )
+
+
+def reseeded(facts: GuestFacts) -> Check:
+    """Whether the guest's random generator took the fresh seed it was given."""
+    return _same("the random generator was reseeded", "True", str(facts.reseeded))
 
 
 def host_checks(machine: Incarnation, expected: Expected) -> Iterator[Check]:
@@ -191,22 +196,29 @@ def host_checks(machine: Incarnation, expected: Expected) -> Iterator[Check]:
 
 def disk_checks(machine: Incarnation, expected: tuple[Path, ...]) -> Iterator[Check]:
     """What QEMU has open and below its disk, and where it runs; ``expected`` are the layers below its own."""
-    chain = overlay.backing_chain(machine.spec.overlay)
-    yield _same("backing chain", str([str(p) for p in expected]), str([str(p) for p in chain[1:]]))
-    inode = machine.spec.overlay.stat().st_ino
-    yield _same("overlay is the file made for this incarnation", str(machine.overlay_inode), str(inode))
+    own = machine.spec.overlay
+    below = _seen(lambda: [str(p) for p in overlay.backing_chain(own)[1:]])
+    yield _same("backing chain", str([str(p) for p in expected]), below)
+    inode = _seen(lambda: own.stat().st_ino)
+    yield _same("overlay is the file made for this incarnation", str(machine.overlay_inode), inode)
     open_files = _open_files(machine.pid)
     yield Check(
         name="QEMU has this overlay open",
-        passed=str(machine.spec.overlay) in open_files,
-        expected=str(machine.spec.overlay),
-        found="open" if str(machine.spec.overlay) in open_files else "not open",
+        passed=str(own) in open_files,
+        expected=str(own),
+        found="open" if str(own) in open_files else "not open",
     )
-    yield _same(
-        "QEMU runs in the sealed namespace",
-        str(namespace_inode()),
-        str(namespace_inode(machine.pid or 0)) if machine.pid else "no process",
-    )
+    pid = machine.pid
+    where = _seen(lambda: namespace_inode(pid)) if pid else "no process"
+    yield _same("QEMU runs in the sealed namespace", str(namespace_inode()), where)
+
+
+def _seen(look: Callable[[], object]) -> str:
+    """What a look showed, or why it showed nothing: what cannot be examined is not proved, and no fault of ours."""
+    try:
+        return str(look())
+    except (HotcellError, OSError) as e:
+        return f"not seen: {e}"
 
 
 def _same(name: str, expected: str, found: str) -> Check:

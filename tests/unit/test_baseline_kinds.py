@@ -196,13 +196,14 @@ FRESH: dict[str, object] = {**FACTS, "boot_id": "b1", "nonce": ""}
         ({**FRESH, "nonce": "another"}, {"RAM holds no nonce of an earlier boot"}),
         ({**FRESH, "ram_sentinel": "i1"}, {"no RAM sentinel of an earlier run"}),
         ({**FRESH, "disk_sentinel": "i1"}, {"no disk sentinel of an earlier run"}),
+        ({**FRESH, "reseeded": False}, {"the random generator was reseeded"}),
     ],
 )
 def test_what_a_booted_machine_is_held_against(h: Host, facts: dict[str, object], failed: set[str]) -> None:
     expected = publish_one(h, "cold", kind="disk").expected
     checks = list(cold_checks(GuestFacts.model_validate(facts), expected))  # type: ignore[arg-type]
     assert {c.name for c in checks if not c.passed} == failed
-    assert len(checks) == 4
+    assert len(checks) == 5
 
 
 def test_a_proof_of_it_goes_through_the_same_door(h: Host, monkeypatch: pytest.MonkeyPatch) -> None:

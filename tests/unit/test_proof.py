@@ -34,7 +34,7 @@ from appliance.cell.proof import (
     tell_time,
     waiting_facts,
 )
-from appliance.errors import GuestChannelError, GuestTamperError
+from appliance.errors import CommandError, GuestChannelError, GuestTamperError
 from tests.fakes.machine import FACTS, FakeLibvirt, FakeNet, incarnation
 
 EXPECTED = Expected(
@@ -281,12 +281,21 @@ def test_ram_of_another_file_is_not_the_baselines(machine: Incarnation, honest: 
 
 
 @pytest.mark.parametrize("pid", [None, 1 << 22])
-def test_without_a_process_nothing_is_proved(
-    machine: Incarnation, honest: Expected, monkeypatch: pytest.MonkeyPatch, pid: int | None
-) -> None:
+def test_without_a_process_nothing_is_proved(machine: Incarnation, honest: Expected, pid: int | None) -> None:
     machine.pid = pid
-    monkeypatch.setattr(proof, "namespace_inode", lambda p="self": 5 if p == "self" else 0)
     assert len(host_failed(machine, honest)) == 3
+
+
+def test_an_overlay_that_cannot_be_examined_is_not_proved(
+    machine: Incarnation, honest: Expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(_top: Path) -> tuple[Path, ...]:
+        raise CommandError("qemu-img: Image is not in qcow2 format")
+
+    monkeypatch.setattr(overlay, "backing_chain", refuses)
+    assert host_failed(machine, honest) == ["backing chain"]
+    machine.spec.overlay.unlink()
+    assert "overlay is the file made for this incarnation" in host_failed(machine, honest)
 
 
 def test_a_qemu_of_another_namespace_is_seen(

@@ -13,7 +13,7 @@ from appliance.cell.baseline.record import DISK, RAM, ColdExpected, DiskBaseline
 from appliance.cell.baseline.template import AGENT_LIMIT_S
 from appliance.cell.baseline.workshop import Workshop
 from appliance.cell.incarnation import Incarnation
-from appliance.cell.proof import Check, GuestFacts, Proof, disk_checks, guest_facts
+from appliance.cell.proof import Check, GuestFacts, Proof, disk_checks, guest_facts, reseeded
 from appliance.errors import GuestChannelError, GuestTamperError, LabError
 from appliance.model import printable
 
@@ -66,6 +66,7 @@ def cold_checks(facts: GuestFacts, expected: ColdExpected) -> Iterator[Check]:
         ("no disk sentinel of an earlier run", facts.disk_sentinel),
     ):
         yield Check(name=name, passed=not found, expected="", found=printable(found, 300))
+    yield reseeded(facts)
 
 
 def _no_saved_ram(pid: int | None) -> Check:
