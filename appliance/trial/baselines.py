@@ -121,8 +121,10 @@ class BaselineShelf:
                 kind=_kind(machine), created_by=created_by,
             )  # fmt: skip
         finally:
-            cell.close()
-            self._cells.discard(cell.id)
+            try:
+                cell.close()
+            finally:  # what withstood has no cell any more, so that a sweep finds it
+                self._cells.discard(cell.id)
 
     def cells_in_use(self) -> set[str]:
         """Ids of the cells in which baselines are being made now, and what stands for one being deleted."""

@@ -12,6 +12,7 @@ import pytest
 
 from appliance.cell import baseline as saved
 from appliance.cell.baseline import Baseline
+from appliance.cell.cell import Cell
 from appliance.cell.credentials import SshKeys, ssh_keys
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.spec import MachineSpec
@@ -130,6 +131,19 @@ def test_a_making_that_fails_leaves_no_cell(h: Host, making: Making) -> None:
     with pytest.raises(LabError, match="does not boot"):
         shelf.ensure(MACHINES, lambda *_: None)
     assert h.left == []
+    assert shelf.cells_in_use() == set()
+
+
+def test_a_cell_that_withstands_its_end_is_left_to_the_sweep(
+    h: Host, making: Making, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def withstands(_cell: Cell) -> None:
+        raise LabError("a link is busy")
+
+    monkeypatch.setattr(Cell, "close", withstands)
+    shelf = BaselineShelf(h.shop, KEYS)
+    with pytest.raises(LabError, match="a link is busy"):
+        shelf.ensure(MACHINES[:1], lambda *_: None)
     assert shelf.cells_in_use() == set()
 
 
