@@ -216,7 +216,7 @@ def run_in_guest(
         note(
             f"error: {clean(shlex.join(argv), 200)} did not end within {timeout:g} s; "
             f"it goes on running in {machine} as process {view.running_pid}\n"
-            "  what to do: give it more time with --timeout, or end it with `kill` or a reset"
+            f"  what to do: give it more time with --timeout, or `hotcell reset {cell} {machine}`"
         )
     raise typer.Exit(OTHER if view.rc is None else view.rc & 0xFF)
 

@@ -218,6 +218,7 @@ class CellDesk:
             made = snapshot(self._bench.shop, found, machine, found.baseline(machine), name, kind)
             self._bench.shelf.store.hold([made], cell)
             found.reset([made], lambda _p: None)
+            self._keep_standbys(found)
             return views.baseline_view(made)
 
     def reset(self, cell: str, machine: str, baseline: str | None = None) -> ResetView:
@@ -244,8 +245,8 @@ class CellDesk:
                 f"{name} is a baseline of {found.machine.name}, not of {machine}",
                 hint=f"baselines of {machine}: {own}",
             )
-        store.hold([found], cell)
         store.verify(found)
+        store.hold([found], cell)
         return found
 
     def reset_all(self, cell: str) -> list[ResetView]:

@@ -118,6 +118,21 @@ def test_one_that_was_damaged_before_this_process_began_is_not_reset_to(lab: Lab
     with pytest.raises(ResetError, match="ram is not what was saved"):
         lab.reset(cell, "target-1", "mine")
     assert lab.machines()[-1].state == "running"
+    lab.delete_baseline("mine")  # what was refused is not in use
+
+
+def test_after_a_snapshot_the_next_machine_stands_by_on_it(
+    lab: Lab, w: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = lab.open_cell(CellRequest()).id
+    mine = publish_one(w.host, "mine")
+    monkeypatch.setattr(cells_module, "snapshot", lambda *_: mine)
+    monkeypatch.setattr(cells_module, "require_free_name", lambda _name: None)
+    monkeypatch.setattr(w.bench.shelf, "all", list)
+    w.bench.standbys.ask(lambda _machine: "")
+    lab.snapshot(cell, "target-1", "mine")
+    assert w.bench.standbys.wait_ready(5), w.bench.standbys.missing()
+    assert "mine" in w.bench.standbys.ready()
 
 
 def test_names_of_the_laboratorys_own_form_are_not_given(lab: Lab) -> None:
