@@ -234,6 +234,31 @@ def test_a_good_baseline_is_never_replaced(h: Host) -> None:
     assert len(list(h.paths.baselines.iterdir())) == 1
 
 
+def test_a_record_is_on_the_disk_before_its_baseline_has_a_name(
+    h: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut after this leaves a whole baseline, one before it none."""
+    done: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def synced(fd: int) -> None:
+        path = Path(f"/proc/self/fd/{fd}").readlink()
+        done.append("half-made" if path.name.startswith(".") else path.name)
+        if path.name == RECORD:
+            assert path.read_text().endswith("}"), "all of it is synced"
+        fsync(fd)
+
+    def renamed(self: Path, target: Path) -> Path:
+        done.append("renamed")
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    made = saved(h)
+    assert done == [RAM, STATE, DISK, RECORD, "half-made", "renamed", h.paths.baselines.name]
+    assert read(made.folder) == made
+
+
 def test_a_making_that_fails_leaves_nothing(h: Host) -> None:
     with pytest.raises(ZeroDivisionError), making(h.shop, "origin-x", "make-1") as site:  # noqa: PT012 - the block is what fails
         assert [t.name for t in h.ledger.things()] == [str(site.folder)], "its row came first"

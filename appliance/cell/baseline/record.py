@@ -17,6 +17,7 @@ from appliance.cell.baseline.sparse import digest
 from appliance.cell.proof import SCRIPT_SHA256, Expected
 from appliance.cell.spec import MachineSpec
 from appliance.errors import ConflictError, LabError, ResetError
+from appliance.host.durable import sync_folder, write_durably
 from appliance.host.paths import Paths
 from appliance.model import Accelerator, Frozen
 
@@ -180,8 +181,11 @@ def publish(record: Baseline, folder: Path, layers: Sequence[str] = ()) -> Basel
     own = {record.path(part) for part in files}
     below = {path: _layer_fact(record, path) for path in record.expected.chain if path not in own}
     record = record.model_copy(update={"files": files, "below": below})
-    (folder / RECORD).write_text(record.model_dump_json(indent=1))
+    # A power cut finds a baseline whole or not at all: only what is on the disk gets the final name.
+    write_durably(folder / RECORD, record.model_dump_json(indent=1))
+    sync_folder(folder)
     folder.rename(record.folder)
+    sync_folder(record.folder.parent)
     return record
 
 
