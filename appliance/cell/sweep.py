@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,7 @@ from typing import NamedTuple
 
 from appliance.cell import netlink, processes
 from appliance.cell.baseline.places import marked
+from appliance.cell.baseline.record import find_broken
 from appliance.cell.domain import OWNER_NS
 from appliance.cell.ledger import Kind, Ledger
 from appliance.cell.libvirt_door import DomainState, Libvirt
@@ -52,12 +54,13 @@ class Ground(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """What exists: QEMUs, captures by their file, links, folders."""
+    """What exists: QEMUs, captures by their file, links, folders; baselines whose record is broken."""
 
     qemus: list[Process]
     captures: Mapping[Path, Process]
     links: Mapping[str, Kind]
     folders: list[Path]
+    broken: list[Path]
 
 
 def find_strays(ground: Ground, in_use: InUse) -> list[Stray]:
@@ -86,6 +89,8 @@ def find_strays(ground: Ground, in_use: InUse) -> list[Stray]:
         for folder in seen.folders
         if (Kind.FOLDER, str(folder)) not in known and _owner_of(ground.paths, folder) not in owners
     ]
+    if not owners:  # who is there may use files whose record was lost only now
+        strays += [_found(Kind.FOLDER, str(folder)) for folder in seen.broken]
     return [s for s in strays if _still(s, ground, known)]
 
 
@@ -95,6 +100,7 @@ def _look(ground: Ground) -> _Seen:
         processes.captures_below(ground.paths.home),
         _links() if ground.links else {},
         [*_cell_folders(ground.paths), *_half_made(ground.paths)],
+        find_broken(ground.paths),
     )
 
 
@@ -221,6 +227,11 @@ def _remove_folder(stray: Stray, ground: Ground) -> None:
     if folder.is_symlink() or folder.is_file():
         folder.unlink()
     elif folder.exists():
+        if folder.parent == paths.baselines and not folder.name.startswith("."):
+            if folder not in find_broken(paths):
+                raise OSError(f"{folder} is a baseline again; not touched")
+            # Half of it would be no stray without its record; under this name it always is.
+            folder = folder.rename(folder.with_name(f".{folder.name}-{secrets.token_hex(4)}"))
         shutil.rmtree(folder)
 
 

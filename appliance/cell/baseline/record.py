@@ -228,6 +228,39 @@ def read_all(paths: Paths) -> list[Baseline]:
     return sorted((b for b in found if b), key=lambda b: (b.created, b.id))
 
 
+def find_broken(paths: Paths) -> list[Path]:
+    """Folders under a final name whose record is empty or no JSON, and which no other record names.
+
+    A record that is merely not understood is of another version or another home, and none of these. Neither is a
+    folder without a record: nothing tells that it is a baseline.
+    """
+    texts = {
+        path.parent: _text(path)
+        for path in paths.baselines.glob(f"*/{RECORD}")
+        if not path.parent.name.startswith(".") and not path.parent.is_symlink()
+    }
+    broken = [folder for folder, text in texts.items() if text is not None and not _is_json(text)]
+    whole = [text for folder, text in texts.items() if text is not None and folder not in broken]
+    return [f for f in broken if not any(os.fsencode(f"{f}/") in text for text in whole)]
+
+
+def _text(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    except RecursionError:
+        return True  # for all that can be told
+    return True
+
+
 def find(paths: Paths, machine: str, key: str) -> Baseline | None:
     """An existing baseline of that key."""
     found = read(paths.baselines / f"{machine}-{key[:12]}")
