@@ -39,7 +39,7 @@ from appliance.cell.baseline import record as record_module
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.libvirt_door import DomainState
 from appliance.cell.proof import SCRIPT_SHA256
-from appliance.errors import LabError, ResetError
+from appliance.errors import ConflictError, LabError, ResetError
 from appliance.model import Accelerator
 from tests.fakes.cells import Host, host
 from tests.fakes.machine import FACTS, incarnation, machine_spec
@@ -227,11 +227,24 @@ def test_a_key_of_the_same_beginning_is_another_baseline(h: Host) -> None:
 
 def test_a_good_baseline_is_never_replaced(h: Host) -> None:
     made = saved(h)
-    with pytest.raises(LabError, match="already"):
+    with pytest.raises(ConflictError, match="already"):
         saved(h)
     check_files(made, read=True)
     assert h.ledger.things() == []
     assert len(list(h.paths.baselines.iterdir())) == 1
+
+
+def test_one_that_came_meanwhile_is_a_conflict_and_stays(h: Host) -> None:
+    with making(h.shop, f"origin-{'k' * 12}", "make-1") as site:
+        for part in (RAM, STATE, DISK):
+            (site.folder / part).write_bytes(b"another")
+        other = site.final.with_name(".other")
+        shutil.copytree(site.folder, other)
+        record = h.baseline("origin").model_copy(update={"key": "k" * 64, "folder": site.final})
+        made = publish(record, other)
+        with pytest.raises(ConflictError, match="already"):
+            publish(record, site.folder)
+    check_files(made, read=True)
 
 
 def test_a_record_is_on_the_disk_before_its_baseline_has_a_name(

@@ -21,6 +21,7 @@ from appliance.cell.baseline import (
     check_files,
     exporting,
     importing,
+    making,
     sparse,
 )
 from appliance.cell.baseline.manifest import MANIFEST
@@ -280,6 +281,16 @@ def test_a_taken_name_is_refused(h: Host, tmp_path: Path) -> None:
     for bad in ("A", "-x", "x" * 41, "a/b", ".."):
         with pytest.raises(ConfigError, match="not a name"):
             in_(h, target, bad)
+    nothing_left(h, "clean")
+
+
+def test_a_name_that_is_being_made_is_refused_before_anything_is_copied(
+    h: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = out(h, publish_one(h, "clean"), tmp_path / "out")
+    monkeypatch.setattr(importing, "copy", lambda *_: pytest.fail("it was copied"))
+    with making(h.shop, "twice", "c1"), pytest.raises(ConflictError, match="twice is being made"):
+        in_(h, target, "twice")
     nothing_left(h, "clean")
 
 

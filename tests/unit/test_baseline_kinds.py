@@ -20,6 +20,7 @@ from appliance.cell.baseline import (
     baseline_key,
     check_files,
     make,
+    making,
     prove,
     read,
     restore,
@@ -247,6 +248,21 @@ def test_a_snapshot_of_the_disk_shuts_the_guest_down_and_builds_on_its_parent(h:
     assert cell.machines == {}
     with pytest.raises(ConflictError, match="already"):
         snapshot(h.shop, h.cell("target-1", cell_id="c2"), "target-1", parent, "cold", "disk")
+
+
+@pytest.mark.parametrize("kind", ["disk", "ram"])
+def test_a_second_snapshot_of_a_name_is_a_conflict_and_its_machine_goes_on(h: Host, kind: str) -> None:
+    cell = h.cell("target-1")
+    clone, parent = cell.machine("target-1"), publish_one(h, "warm")
+    asked = list(h.guest("target-1").calls)
+    with (
+        making(h.shop, "new", "c2"),
+        pytest.raises(ConflictError, match="new is being made"),
+    ):
+        snapshot(h.shop, cell, "target-1", parent, "new", kind)  # type: ignore[arg-type]
+    assert clone.state is DomainState.RUNNING
+    assert h.guest("target-1").calls == asked
+    cell.close()
 
 
 # -- the machine -----------------------------------------------------------------------------------------

@@ -46,6 +46,17 @@ def test_baselines_are_found_by_name(h: Host, store: BaselineStore) -> None:
             store.get(name)
 
 
+def test_a_name_is_given_once_and_refused_before_anything_is_done(h: Host) -> None:
+    with making(h.shop, "clean", "make-1"), making(h.shop, "other", "make-2"):
+        rows = h.ledger.things()
+        with pytest.raises(ConflictError, match="clean is being made"), making(h.shop, "clean", "make-3"):
+            raise AssertionError
+        assert h.ledger.things() == rows
+    publish_one(h, "clean")
+    with pytest.raises(ConflictError, match="clean already"), making(h.shop, "clean", "make-4"):
+        raise AssertionError
+
+
 # -- deleting --------------------------------------------------------------------------------------------
 
 

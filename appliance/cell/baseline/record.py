@@ -16,7 +16,7 @@ from appliance.cell import overlay
 from appliance.cell.baseline.sparse import digest
 from appliance.cell.proof import SCRIPT_SHA256, Expected
 from appliance.cell.spec import MachineSpec
-from appliance.errors import ConflictError, LabError, ResetError
+from appliance.errors import ConflictError, ResetError
 from appliance.host.durable import sync_folder, write_durably
 from appliance.host.paths import Paths
 from appliance.model import Accelerator, Frozen
@@ -160,7 +160,7 @@ def publish(record: Baseline, folder: Path, layers: Sequence[str] = ()) -> Basel
     ``layers`` are disk layers that lie in ``folder`` too, below the baseline's own.
 
     Raises:
-        LabError: there is a baseline in that place already.
+        ConflictError: there is a baseline in that place already.
     """
     places = {
         part: folder / part if record.path(part).parent == record.folder else record.path(part)
@@ -171,10 +171,7 @@ def publish(record: Baseline, folder: Path, layers: Sequence[str] = ()) -> Basel
             os.fsync(f.fileno())
         overlay.freeze(path)
     if record.folder.exists():
-        if read(record.folder) is not None:
-            raise LabError(
-                f"there is a baseline {record.id} already", hint="delete it, or choose another name"
-            )
+        require_none(record.folder)
         shutil.rmtree(record.folder)
     # Facts are taken after the last change of any inode field; a rename changes only the folder's.
     files = {part: file_fact(path) for part, path in places.items()}
@@ -187,6 +184,18 @@ def publish(record: Baseline, folder: Path, layers: Sequence[str] = ()) -> Basel
     folder.rename(record.folder)
     sync_folder(record.folder.parent)
     return record
+
+
+def require_none(folder: Path) -> None:
+    """Refuse the place of a baseline that can be read.
+
+    Raises:
+        ConflictError: there is one.
+    """
+    if read(folder) is not None:
+        raise ConflictError(
+            f"there is a baseline {folder.name} already", hint="delete it, or choose another name"
+        )
 
 
 def _layer_fact(record: Baseline, path: Path) -> FileFact:

@@ -23,6 +23,7 @@ from appliance.cell.baseline.record import (
     RamBaseline,
     publish,
     require_kind,
+    require_none,
 )
 from appliance.cell.baseline.workshop import Workshop
 from appliance.cell.incarnation import Incarnation
@@ -77,7 +78,7 @@ def make(
     ends the making. It may raise.
 
     Raises:
-        ConflictError: a machine with passed-through devices was to keep its RAM.
+        ConflictError: a machine with passed-through devices was to keep its RAM; or the name is taken.
         CapacityError: the RAM file does not fit where it is to lie.
         LabError: booting, warming or saving failed.
     """
@@ -128,13 +129,22 @@ def new_record(kind: BaselineKind, site: Site, began: float, fields: dict[str, A
 
 @contextlib.contextmanager
 def making(shop: Workshop, name: str, cell: str, machine: MachineSpec | None = None) -> Iterator[Site]:
-    """A place to make a baseline in; unless it was published, nothing of it is left afterwards.
+    """A place to make a baseline in, and its name; unless it was published, nothing of it is left afterwards.
 
     ``machine`` is the one whose RAM is to be kept.
 
     Raises:
+        ConflictError: there is a baseline of that name, or one is being made.
         CapacityError: the RAM file does not fit where it is to lie.
     """
+    with shop.reserve(name):
+        require_none(shop.paths.baselines / name)
+        with _place(shop, name, cell, machine) as site:
+            yield site
+
+
+@contextlib.contextmanager
+def _place(shop: Workshop, name: str, cell: str, machine: MachineSpec | None) -> Iterator[Site]:
     unique = f"{name}-{secrets.token_hex(4)}"
     folder, final = shop.paths.baselines / f".{unique}", shop.paths.baselines / name
     site = Site(folder, final, folder, tmpfs=False)
