@@ -437,17 +437,29 @@ def test_a_stream_that_does_not_end_is_cut(
     assert (tmp_path / "state").stat().st_size <= 1 << 20
 
 
-def test_a_migration_that_fails_is_a_lab_error(machine: Incarnation, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({}, ""),
+        ({"error-desc": "No space left on device"}, ": No space left on device"),
+        ({"error-desc": "\x1b[2J" + "x" * 1000}, ": \ufffd[2J" + "x" * 196 + "..."),
+    ],
+    ids=["nothing", "a reason", "too much"],
+)
+def test_a_migration_that_fails_is_a_lab_error_with_qemus_reason(
+    machine: Incarnation, tmp_path: Path, told: dict[str, str], said: str
+) -> None:
     def qmp(command: str, arguments: dict[str, object] | None = None) -> object:
         if command == "migrate":
             assert arguments is not None
             with socket.socket(socket.AF_UNIX) as s:
                 s.connect(str(arguments["uri"]).removeprefix("unix:"))
-        return {"status": "failed"}
+        return {"status": "failed", **told}
 
     machine.qmp = qmp  # type: ignore[method-assign]
-    with pytest.raises(LabError, match="failed"):
+    with pytest.raises(LabError) as e:
         migration.save_state(machine, tmp_path / "state", limit_s=5)
+    assert e.value.message == f"query-migrate of {machine.name}: failed{said}"
 
 
 def test_a_clone_that_does_not_listen_is_a_lab_error(machine: Incarnation, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from appliance.errors import (
     PrerequisiteError,
     ResetError,
 )
+from appliance.host import capacity
 from appliance.model import Accelerator
 from tests.fakes.cells import Host, host
 from tests.fakes.saved import MIB, publish_one, with_image
@@ -96,6 +97,14 @@ def test_holes_stay_holes_both_ways(h: Host, tmp_path: Path) -> None:
     for path in (target / RAM, back.path(RAM)):
         assert path.stat().st_size == MIB << 20
         assert path.stat().st_blocks * 512 < 1 << 20
+
+
+def test_holes_need_no_room(h: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = out(h, publish_one(h, "clean"), tmp_path / "out")
+    have = capacity.host_capacity(h.paths.home)
+    few = have.model_copy(update={"disk_free": MIB << 18})
+    monkeypatch.setattr(capacity, "host_capacity", lambda _path: few)
+    check_files(in_(h, target, "back"), read=True)
 
 
 def test_zeros_that_a_copy_wrote_out_become_holes_again(h: Host, tmp_path: Path) -> None:
