@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from appliance.cell import netlink, processes
 from appliance.cell.baseline.places import marked
-from appliance.cell.baseline.record import find_broken
+from appliance.cell.baseline.record import RamBaseline, find_broken, read_all
 from appliance.cell.domain import OWNER_NS
 from appliance.cell.ledger import Kind, Ledger
 from appliance.cell.libvirt_door import DomainState, Libvirt
@@ -79,7 +79,12 @@ def find_strays(ground: Ground, in_use: InUse) -> list[Stray]:
     # Every domain under our own root with our tag is ours; one without the tag is somebody else's.
     accounted = {d.name for d in domains}
     accounted |= {t.name for t in rows if t.kind is Kind.DOMAIN and t.owner in owners}
-    strays = [_found(t.kind, t.name, t.owner) for t in rows if t.owner not in owners]
+    kept = _published(ground.paths)
+    strays = [
+        _found(t.kind, t.name, t.owner)
+        for t in rows
+        if t.owner not in owners and not (t.kind is Kind.FOLDER and t.name in kept)
+    ]
     strays += [_found(Kind.DOMAIN, d.name) for d in domains if d.owner and (Kind.DOMAIN, d.name) not in known]
     strays += [_found(Kind.PROCESS, _told(p)) for p in seen.qemus if not _accounted(p, accounted)]
     strays += [_found(Kind.CAPTURE, str(f)) for f in seen.captures if (Kind.CAPTURE, str(f)) not in known]
@@ -92,6 +97,11 @@ def find_strays(ground: Ground, in_use: InUse) -> list[Stray]:
     if not owners:  # who is there may use files whose record was lost only now
         strays += [_found(Kind.FOLDER, str(folder)) for folder in seen.broken]
     return [s for s in strays if _still(s, ground, known)]
+
+
+def _published(paths: Paths) -> set[str]:
+    """Folders of RAM that a record names. A crash after their baseline was published leaves their row."""
+    return {str(b.memory) for b in read_all(paths) if isinstance(b, RamBaseline) and b.memory}
 
 
 def _look(ground: Ground) -> _Seen:

@@ -247,6 +247,22 @@ def test_ram_that_no_baseline_has_is_dropped_at_the_start(
     store.verify(made)
 
 
+def test_a_crash_right_after_it_was_published_costs_no_ram(
+    h: Host, store: BaselineStore, memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its row still stands; the folder is the baseline's, and no half of one."""
+    ground = Ground(h.paths, h.libvirt, h.ledger, links=False)  # type: ignore[arg-type]
+    with monkeypatch.context() as patch:
+        patch.setattr(h.ledger, "strike", lambda *_: None)
+        made = publish_one(h, "clean")
+    row = (Kind.FOLDER, str(made.path(RAM).parent))
+    assert row in {(t.kind, t.name) for t in h.ledger.things()}
+    assert all(s.removed for s in remove(find_strays(ground, set), ground))
+    store.verify(made)
+    assert store.drop_lost_memory() == []
+    assert h.ledger.things() == []
+
+
 def test_no_room_on_tmpfs_is_told_before_anything_is_made(
     h: Host, memory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
