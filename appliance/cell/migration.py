@@ -16,6 +16,7 @@ from pathlib import Path
 from appliance.cell.incarnation import Incarnation
 from appliance.errors import LabError
 from appliance.host.clock import wait_until
+from appliance.model import printable
 
 _MAX_STATE = 64 << 20
 
@@ -112,9 +113,11 @@ def _wait_status(
 ) -> None:
     def done() -> bool:
         answer = machine.qmp(command)
-        status = answer.get("status") if isinstance(answer, dict) else None
+        facts = answer if isinstance(answer, dict) else {}
+        status, why = facts.get("status"), facts.get("error-desc")
         if status in bad:
-            raise LabError(f"{command} of {machine.name}: {status}")
+            reason = f": {printable(str(why))}" if why else ""
+            raise LabError(f"{command} of {machine.name}: {status}{reason}")
         return status == wanted
 
     wait_until(done, limit_s, f"{command} of {machine.name} to say {wanted}", interval=0.01)

@@ -44,6 +44,7 @@ def snapshot(
 
     Raises:
         ConflictError: the label is taken, or the machine cannot have a baseline of this kind.
+        CapacityError: its RAM may not fit where it is to lie; the machine is untouched.
         LabError: QEMU refused, or the guest did not shut down; the machine is gone then too.
         GuestTamperError: the guest does not answer as an honest one would; nothing was saved.
     """

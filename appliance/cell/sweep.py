@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,7 @@ from typing import NamedTuple
 
 from appliance.cell import netlink, processes
 from appliance.cell.baseline.places import marked
+from appliance.cell.baseline.record import RamBaseline, find_broken, read_all
 from appliance.cell.domain import OWNER_NS
 from appliance.cell.ledger import Kind, Ledger
 from appliance.cell.libvirt_door import DomainState, Libvirt
@@ -52,12 +54,13 @@ class Ground(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """What exists: QEMUs, captures by their file, links, folders."""
+    """What exists: QEMUs, captures by their file, links, folders; baselines whose record is broken."""
 
     qemus: list[Process]
     captures: Mapping[Path, Process]
     links: Mapping[str, Kind]
     folders: list[Path]
+    broken: list[Path]
 
 
 def find_strays(ground: Ground, in_use: InUse) -> list[Stray]:
@@ -76,7 +79,12 @@ def find_strays(ground: Ground, in_use: InUse) -> list[Stray]:
     # Every domain under our own root with our tag is ours; one without the tag is somebody else's.
     accounted = {d.name for d in domains}
     accounted |= {t.name for t in rows if t.kind is Kind.DOMAIN and t.owner in owners}
-    strays = [_found(t.kind, t.name, t.owner) for t in rows if t.owner not in owners]
+    kept = _published(ground.paths)
+    strays = [
+        _found(t.kind, t.name, t.owner)
+        for t in rows
+        if t.owner not in owners and not (t.kind is Kind.FOLDER and t.name in kept)
+    ]
     strays += [_found(Kind.DOMAIN, d.name) for d in domains if d.owner and (Kind.DOMAIN, d.name) not in known]
     strays += [_found(Kind.PROCESS, _told(p)) for p in seen.qemus if not _accounted(p, accounted)]
     strays += [_found(Kind.CAPTURE, str(f)) for f in seen.captures if (Kind.CAPTURE, str(f)) not in known]
@@ -86,7 +94,14 @@ def find_strays(ground: Ground, in_use: InUse) -> list[Stray]:
         for folder in seen.folders
         if (Kind.FOLDER, str(folder)) not in known and _owner_of(ground.paths, folder) not in owners
     ]
+    if not owners:  # who is there may use files whose record was lost only now
+        strays += [_found(Kind.FOLDER, str(folder)) for folder in seen.broken]
     return [s for s in strays if _still(s, ground, known)]
+
+
+def _published(paths: Paths) -> set[str]:
+    """Folders of RAM that a record names. A crash after their baseline was published leaves their row."""
+    return {str(b.memory) for b in read_all(paths) if isinstance(b, RamBaseline) and b.memory}
 
 
 def _look(ground: Ground) -> _Seen:
@@ -95,6 +110,7 @@ def _look(ground: Ground) -> _Seen:
         processes.captures_below(ground.paths.home),
         _links() if ground.links else {},
         [*_cell_folders(ground.paths), *_half_made(ground.paths)],
+        find_broken(ground.paths),
     )
 
 
@@ -221,6 +237,11 @@ def _remove_folder(stray: Stray, ground: Ground) -> None:
     if folder.is_symlink() or folder.is_file():
         folder.unlink()
     elif folder.exists():
+        if folder.parent == paths.baselines and not folder.name.startswith("."):
+            if folder not in find_broken(paths):
+                raise OSError(f"{folder} is a baseline again; not touched")
+            # Half of it would be no stray without its record; under this name it always is.
+            folder = folder.rename(folder.with_name(f".{folder.name}-{secrets.token_hex(4)}"))
         shutil.rmtree(folder)
 
 

@@ -39,7 +39,7 @@ from appliance.cell.baseline import record as record_module
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.libvirt_door import DomainState
 from appliance.cell.proof import SCRIPT_SHA256
-from appliance.errors import LabError, ResetError
+from appliance.errors import ConflictError, LabError, ResetError
 from appliance.model import Accelerator
 from tests.fakes.cells import Host, host
 from tests.fakes.machine import FACTS, incarnation, machine_spec
@@ -227,11 +227,49 @@ def test_a_key_of_the_same_beginning_is_another_baseline(h: Host) -> None:
 
 def test_a_good_baseline_is_never_replaced(h: Host) -> None:
     made = saved(h)
-    with pytest.raises(LabError, match="already"):
+    with pytest.raises(ConflictError, match="already"):
         saved(h)
     check_files(made, read=True)
     assert h.ledger.things() == []
     assert len(list(h.paths.baselines.iterdir())) == 1
+
+
+def test_one_that_came_meanwhile_is_a_conflict_and_stays(h: Host) -> None:
+    with making(h.shop, f"origin-{'k' * 12}", "make-1") as site:
+        for part in (RAM, STATE, DISK):
+            (site.folder / part).write_bytes(b"another")
+        other = site.final.with_name(".other")
+        shutil.copytree(site.folder, other)
+        record = h.baseline("origin").model_copy(update={"key": "k" * 64, "folder": site.final})
+        made = publish(record, other)
+        with pytest.raises(ConflictError, match="already"):
+            publish(record, site.folder)
+    check_files(made, read=True)
+
+
+def test_a_record_is_on_the_disk_before_its_baseline_has_a_name(
+    h: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut after this leaves a whole baseline, one before it none."""
+    done: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def synced(fd: int) -> None:
+        path = Path(f"/proc/self/fd/{fd}").readlink()
+        done.append("half-made" if path.name.startswith(".") else path.name)
+        if path.name == RECORD:
+            assert path.read_text().endswith("}"), "all of it is synced"
+        fsync(fd)
+
+    def renamed(self: Path, target: Path) -> Path:
+        done.append("renamed")
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    made = saved(h)
+    assert done == [RAM, STATE, DISK, RECORD, "half-made", "renamed", h.paths.baselines.name]
+    assert read(made.folder) == made
 
 
 def test_a_making_that_fails_leaves_nothing(h: Host) -> None:
@@ -399,17 +437,29 @@ def test_a_stream_that_does_not_end_is_cut(
     assert (tmp_path / "state").stat().st_size <= 1 << 20
 
 
-def test_a_migration_that_fails_is_a_lab_error(machine: Incarnation, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({}, ""),
+        ({"error-desc": "No space left on device"}, ": No space left on device"),
+        ({"error-desc": "\x1b[2J" + "x" * 1000}, ": \ufffd[2J" + "x" * 196 + "..."),
+    ],
+    ids=["nothing", "a reason", "too much"],
+)
+def test_a_migration_that_fails_is_a_lab_error_with_qemus_reason(
+    machine: Incarnation, tmp_path: Path, told: dict[str, str], said: str
+) -> None:
     def qmp(command: str, arguments: dict[str, object] | None = None) -> object:
         if command == "migrate":
             assert arguments is not None
             with socket.socket(socket.AF_UNIX) as s:
                 s.connect(str(arguments["uri"]).removeprefix("unix:"))
-        return {"status": "failed"}
+        return {"status": "failed", **told}
 
     machine.qmp = qmp  # type: ignore[method-assign]
-    with pytest.raises(LabError, match="failed"):
+    with pytest.raises(LabError) as e:
         migration.save_state(machine, tmp_path / "state", limit_s=5)
+    assert e.value.message == f"query-migrate of {machine.name}: failed{said}"
 
 
 def test_a_clone_that_does_not_listen_is_a_lab_error(machine: Incarnation, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from appliance.cell.baseline import (
     check_files,
     exporting,
     importing,
+    making,
     sparse,
 )
 from appliance.cell.baseline.manifest import MANIFEST
@@ -34,6 +35,7 @@ from appliance.errors import (
     PrerequisiteError,
     ResetError,
 )
+from appliance.host import capacity
 from appliance.model import Accelerator
 from tests.fakes.cells import Host, host
 from tests.fakes.saved import MIB, publish_one, with_image
@@ -95,6 +97,14 @@ def test_holes_stay_holes_both_ways(h: Host, tmp_path: Path) -> None:
     for path in (target / RAM, back.path(RAM)):
         assert path.stat().st_size == MIB << 20
         assert path.stat().st_blocks * 512 < 1 << 20
+
+
+def test_holes_need_no_room(h: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = out(h, publish_one(h, "clean"), tmp_path / "out")
+    have = capacity.host_capacity(h.paths.home)
+    few = have.model_copy(update={"disk_free": MIB << 18})
+    monkeypatch.setattr(capacity, "host_capacity", lambda _path: few)
+    check_files(in_(h, target, "back"), read=True)
 
 
 def test_zeros_that_a_copy_wrote_out_become_holes_again(h: Host, tmp_path: Path) -> None:
@@ -280,6 +290,16 @@ def test_a_taken_name_is_refused(h: Host, tmp_path: Path) -> None:
     for bad in ("A", "-x", "x" * 41, "a/b", ".."):
         with pytest.raises(ConfigError, match="not a name"):
             in_(h, target, bad)
+    nothing_left(h, "clean")
+
+
+def test_a_name_that_is_being_made_is_refused_before_anything_is_copied(
+    h: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = out(h, publish_one(h, "clean"), tmp_path / "out")
+    monkeypatch.setattr(importing, "copy", lambda *_: pytest.fail("it was copied"))
+    with making(h.shop, "twice", "c1"), pytest.raises(ConflictError, match="twice is being made"):
+        in_(h, target, "twice")
     nothing_left(h, "clean")
 
 

@@ -20,6 +20,7 @@ from appliance.cell.baseline import (
     baseline_key,
     check_files,
     make,
+    making,
     prove,
     read,
     restore,
@@ -32,7 +33,7 @@ from appliance.cell.libvirt_door import DomainState
 from appliance.cell.proof import GuestFacts
 from appliance.cell.snapshot import snapshot
 from appliance.cell.spec import MachineSpec
-from appliance.errors import ConflictError, LabError
+from appliance.errors import CapacityError, ConflictError, LabError
 from appliance.model import Accelerator
 from tests.fakes.cells import Host, host
 from tests.fakes.machine import FACTS, incarnation
@@ -248,6 +249,43 @@ def test_a_snapshot_of_the_disk_shuts_the_guest_down_and_builds_on_its_parent(h:
     assert cell.machines == {}
     with pytest.raises(ConflictError, match="already"):
         snapshot(h.shop, h.cell("target-1", cell_id="c2"), "target-1", parent, "cold", "disk")
+
+
+@pytest.mark.parametrize("kind", ["disk", "ram"])
+def test_a_second_snapshot_of_a_name_is_a_conflict_and_its_machine_goes_on(h: Host, kind: str) -> None:
+    cell = h.cell("target-1")
+    clone, parent = cell.machine("target-1"), publish_one(h, "warm")
+    asked = list(h.guest("target-1").calls)
+    with (
+        making(h.shop, "new", "c2"),
+        pytest.raises(ConflictError, match="new is being made"),
+    ):
+        snapshot(h.shop, cell, "target-1", parent, "new", kind)  # type: ignore[arg-type]
+    assert clone.state is DomainState.RUNNING
+    assert h.guest("target-1").calls == asked
+    cell.close()
+
+
+def test_a_snapshot_whose_ram_may_not_fit_on_the_disk_leaves_its_machine_alone(h: Host) -> None:
+    cell = h.cell("target-1")
+    clone, parent = cell.machine("target-1"), publish_one(h, "warm")
+    huge = clone.spec.machine.model_copy(update={"memory_mib": 1 << 40})
+    clone.spec = clone.spec.model_copy(update={"machine": huge})
+    asked = list(h.guest("target-1").calls)
+    with pytest.raises(CapacityError, match="not enough disk for the RAM of new"):
+        snapshot(h.shop, cell, "target-1", parent, "new", "ram")
+    assert clone.state is DomainState.RUNNING
+    assert h.guest("target-1").calls == asked
+    assert [p.name for p in h.paths.baselines.iterdir()] == ["warm"]
+    cell.close()
+
+
+def test_a_baseline_whose_ram_may_not_fit_on_the_disk_is_not_begun(h: Host) -> None:
+    huge = machine(h, memory_mib=1 << 40)
+    with pytest.raises(CapacityError, match="not enough disk for the RAM of target-1"):
+        make(h.shop, huge, "c1", "k" * 64, lambda _t: None)  # type: ignore[arg-type]
+    assert h.libvirt.done == []
+    assert list(h.paths.baselines.iterdir()) == []
 
 
 # -- the machine -----------------------------------------------------------------------------------------

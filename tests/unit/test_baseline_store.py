@@ -46,6 +46,17 @@ def test_baselines_are_found_by_name(h: Host, store: BaselineStore) -> None:
             store.get(name)
 
 
+def test_a_name_is_given_once_and_refused_before_anything_is_done(h: Host) -> None:
+    with making(h.shop, "clean", "make-1"), making(h.shop, "other", "make-2"):
+        rows = h.ledger.things()
+        with pytest.raises(ConflictError, match="clean is being made"), making(h.shop, "clean", "make-3"):
+            raise AssertionError
+        assert h.ledger.things() == rows
+    publish_one(h, "clean")
+    with pytest.raises(ConflictError, match="clean already"), making(h.shop, "clean", "make-4"):
+        raise AssertionError
+
+
 # -- deleting --------------------------------------------------------------------------------------------
 
 
@@ -234,6 +245,22 @@ def test_ram_that_no_baseline_has_is_dropped_at_the_start(
     assert store.drop_lost_memory() == [memory / "left-behind"]
     assert store.drop_lost_memory() == []
     store.verify(made)
+
+
+def test_a_crash_right_after_it_was_published_costs_no_ram(
+    h: Host, store: BaselineStore, memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its row still stands; the folder is the baseline's, and no half of one."""
+    ground = Ground(h.paths, h.libvirt, h.ledger, links=False)  # type: ignore[arg-type]
+    with monkeypatch.context() as patch:
+        patch.setattr(h.ledger, "strike", lambda *_: None)
+        made = publish_one(h, "clean")
+    row = (Kind.FOLDER, str(made.path(RAM).parent))
+    assert row in {(t.kind, t.name) for t in h.ledger.things()}
+    assert all(s.removed for s in remove(find_strays(ground, set), ground))
+    store.verify(made)
+    assert store.drop_lost_memory() == []
+    assert h.ledger.things() == []
 
 
 def test_no_room_on_tmpfs_is_told_before_anything_is_made(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -11,12 +12,14 @@ from types import SimpleNamespace
 import pytest
 
 from appliance.cell import sweep
+from appliance.cell.baseline import RECORD, read
 from appliance.cell.ledger import Kind, Thing
 from appliance.cell.libvirt_door import DomainState
 from appliance.cell.processes import started
 from appliance.cell.sweep import Ground, Stray, find_strays, remove
 from tests.fakes.cells import Host, host
 from tests.fakes.qemu import look_alike
+from tests.fakes.saved import publish_one
 
 
 @pytest.fixture
@@ -202,6 +205,67 @@ def test_a_half_made_baseline_is_removed_with_and_without_a_row(h: Host, row: bo
     assert all(s.removed for s in removed(h, strays(h)))
     assert not half.exists()
     assert (good / "ram").exists()
+
+
+@pytest.mark.parametrize("content", [b"", bytes(4096), b'{"kind": "ram", "key', b"\xff\xfe"])
+def test_a_baseline_whose_record_was_lost_is_removed_and_its_name_is_free(h: Host, content: bytes) -> None:
+    """What a power cut, or a file system's repair after it, makes of a record."""
+    good, lost = publish_one(h, "good"), publish_one(h, "lost")
+    (lost.folder / RECORD).write_bytes(content)
+    assert strays(h, "c1") == [], "a server that is at work may use its files"
+    assert [(s.kind, s.name) for s in strays(h)] == [("folder", str(lost.folder))]
+    assert all(s.removed for s in removed(h, strays(h)))
+    assert [p.name for p in h.paths.baselines.iterdir()] == ["good"]
+    assert read(good.folder) == good
+    assert publish_one(h, "lost").folder == lost.folder
+
+
+@pytest.mark.parametrize(
+    "content", [b"{}", b'{"kind": "of a later version"}', b"[]", b"[" * 10_000 + b"]" * 10_000, None]
+)
+def test_a_record_that_is_only_not_understood_is_left_alone(h: Host, content: bytes | None) -> None:
+    record = publish_one(h, "later").folder / RECORD
+    record.unlink()
+    if content is not None:
+        record.write_bytes(content)
+    assert strays(h) == []
+
+
+def test_a_lost_record_is_left_alone_while_another_baseline_builds_on_its_disk(h: Host) -> None:
+    parent = publish_one(h, "parent")
+    child = publish_one(h, "child", parent=parent)
+    (parent.folder / RECORD).write_bytes(b"")
+    assert strays(h) == []
+    shutil.rmtree(child.folder)
+    assert [s.name for s in strays(h)] == [str(parent.folder)]
+
+
+def test_one_that_was_made_anew_while_we_looked_is_left_alone(h: Host) -> None:
+    lost = publish_one(h, "lost")
+    (lost.folder / RECORD).write_bytes(b"")
+    found = strays(h)
+    anew = publish_one(h, "lost")
+    assert ["again" in s.problem for s in removed(h, found)] == [True]
+    assert read(anew.folder) == anew
+
+
+def test_a_crash_while_a_lost_baseline_is_removed_leaves_a_stray(
+    h: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = publish_one(h, "lost").folder
+    (lost / RECORD).write_bytes(b"")
+
+    def dies(folder: Path) -> None:
+        (folder / RECORD).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", dies)
+        with pytest.raises(KeyboardInterrupt):
+            removed(h, strays(h))
+    assert not lost.exists()
+    assert all(s.removed for s in removed(h, strays(h)))
+    assert list(h.paths.baselines.iterdir()) == []
 
 
 def test_a_row_without_its_half_made_baseline_is_struck(h: Host) -> None:

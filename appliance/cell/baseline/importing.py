@@ -94,7 +94,8 @@ def import_(shop: Workshop, folder: Path, name: str | None, owner: str, progress
         disk=sum(overlay.used_bytes(folder / n) for n in manifest.files),
         purpose=f"the baseline {label}",
     )
-    with making(shop, label, owner, machine if manifest.kind == "ram" else None) as site:
+    of_ram = machine if manifest.kind == "ram" else None
+    with making(shop, label, owner, of_ram, room_on_disk=True) as site:
         _copy_all(folder, manifest, site, progress)
         chain = _relink(site, manifest, machine.image.disk)
         fields: dict[str, Any] = {

@@ -16,7 +16,8 @@ from appliance.cell import overlay
 from appliance.cell.baseline.sparse import digest
 from appliance.cell.proof import SCRIPT_SHA256, Expected
 from appliance.cell.spec import MachineSpec
-from appliance.errors import ConflictError, LabError, ResetError
+from appliance.errors import ConflictError, ResetError
+from appliance.host.durable import sync_folder, write_durably
 from appliance.host.paths import Paths
 from appliance.model import Accelerator, Frozen
 
@@ -159,7 +160,7 @@ def publish(record: Baseline, folder: Path, layers: Sequence[str] = ()) -> Basel
     ``layers`` are disk layers that lie in ``folder`` too, below the baseline's own.
 
     Raises:
-        LabError: there is a baseline in that place already.
+        ConflictError: there is a baseline in that place already.
     """
     places = {
         part: folder / part if record.path(part).parent == record.folder else record.path(part)
@@ -170,19 +171,31 @@ def publish(record: Baseline, folder: Path, layers: Sequence[str] = ()) -> Basel
             os.fsync(f.fileno())
         overlay.freeze(path)
     if record.folder.exists():
-        if read(record.folder) is not None:
-            raise LabError(
-                f"there is a baseline {record.id} already", hint="delete it, or choose another name"
-            )
+        require_none(record.folder)
         shutil.rmtree(record.folder)
     # Facts are taken after the last change of any inode field; a rename changes only the folder's.
     files = {part: file_fact(path) for part, path in places.items()}
     own = {record.path(part) for part in files}
     below = {path: _layer_fact(record, path) for path in record.expected.chain if path not in own}
     record = record.model_copy(update={"files": files, "below": below})
-    (folder / RECORD).write_text(record.model_dump_json(indent=1))
+    # A power cut finds a baseline whole or not at all: only what is on the disk gets the final name.
+    write_durably(folder / RECORD, record.model_dump_json(indent=1))
+    sync_folder(folder)
     folder.rename(record.folder)
+    sync_folder(record.folder.parent)
     return record
+
+
+def require_none(folder: Path) -> None:
+    """Refuse the place of a baseline that can be read.
+
+    Raises:
+        ConflictError: there is one.
+    """
+    if read(folder) is not None:
+        raise ConflictError(
+            f"there is a baseline {folder.name} already", hint="delete it, or choose another name"
+        )
 
 
 def _layer_fact(record: Baseline, path: Path) -> FileFact:
@@ -222,6 +235,39 @@ def read_all(paths: Paths) -> list[Baseline]:
     records = paths.baselines.glob(f"*/{RECORD}")
     found = (read(path.parent) for path in records if not path.parent.name.startswith("."))
     return sorted((b for b in found if b), key=lambda b: (b.created, b.id))
+
+
+def find_broken(paths: Paths) -> list[Path]:
+    """Folders under a final name whose record is empty or no JSON, and which no other record names.
+
+    A record that is merely not understood is of another version or another home, and none of these. Neither is a
+    folder without a record: nothing tells that it is a baseline.
+    """
+    texts = {
+        path.parent: _text(path)
+        for path in paths.baselines.glob(f"*/{RECORD}")
+        if not path.parent.name.startswith(".") and not path.parent.is_symlink()
+    }
+    broken = [folder for folder, text in texts.items() if text is not None and not _is_json(text)]
+    whole = [text for folder, text in texts.items() if text is not None and folder not in broken]
+    return [f for f in broken if not any(os.fsencode(f"{f}/") in text for text in whole)]
+
+
+def _text(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    except RecursionError:
+        return True  # for all that can be told
+    return True
 
 
 def find(paths: Paths, machine: str, key: str) -> Baseline | None:

@@ -175,11 +175,16 @@ class BaselineStore:
         return set(self._owners)
 
     def drop_lost_memory(self) -> list[Path]:
-        """Remove RAM files on tmpfs that no baseline has; only while nothing is being made. Returns them."""
+        """Remove RAM files on tmpfs that no baseline has; only while nothing is being made. Returns them.
+
+        What a baseline has needs no row: its record names it. A crash at the end of a making leaves one.
+        """
         root = self._shop.memory
         if root is None:
             return []
         known = {b.memory for b in self.all() if isinstance(b, RamBaseline)}
+        for folder in known - {None}:
+            self._shop.ledger.strike(Kind.FOLDER, str(folder))
         lost = [p for p in root.iterdir() if p.name != MARK and p not in known]
         for folder in lost:
             shutil.rmtree(folder)

@@ -23,6 +23,7 @@ from appliance.cell.baseline.record import (
     RamBaseline,
     publish,
     require_kind,
+    require_none,
 )
 from appliance.cell.baseline.workshop import Workshop
 from appliance.cell.incarnation import Incarnation
@@ -77,7 +78,7 @@ def make(
     ends the making. It may raise.
 
     Raises:
-        ConflictError: a machine with passed-through devices was to keep its RAM.
+        ConflictError: a machine with passed-through devices was to keep its RAM; or the name is taken.
         CapacityError: the RAM file does not fit where it is to lie.
         LabError: booting, warming or saving failed.
     """
@@ -127,21 +128,46 @@ def new_record(kind: BaselineKind, site: Site, began: float, fields: dict[str, A
 
 
 @contextlib.contextmanager
-def making(shop: Workshop, name: str, cell: str, machine: MachineSpec | None = None) -> Iterator[Site]:
-    """A place to make a baseline in; unless it was published, nothing of it is left afterwards.
+def making(
+    shop: Workshop,
+    name: str,
+    cell: str,
+    machine: MachineSpec | None = None,
+    *,
+    room_on_disk: bool = False,
+) -> Iterator[Site]:
+    """A place to make a baseline in, and its name; unless it was published, nothing of it is left afterwards.
 
-    ``machine`` is the one whose RAM is to be kept.
+    ``machine`` is the one whose RAM is to be kept. ``room_on_disk`` says that the disk was found to have room
+    for it: how many holes a RAM file will have is known only of one that exists.
 
     Raises:
+        ConflictError: there is a baseline of that name, or one is being made.
         CapacityError: the RAM file does not fit where it is to lie.
     """
+    with shop.reserve(name):
+        require_none(shop.paths.baselines / name)
+        if machine is not None:
+            _require_room_for_ram(shop, name, machine, room_on_disk=room_on_disk)
+        with _place(shop, name, cell, tmpfs=machine is not None and shop.memory is not None) as site:
+            yield site
+
+
+def _require_room_for_ram(shop: Workshop, name: str, machine: MachineSpec, *, room_on_disk: bool) -> None:
+    size, purpose = (machine.memory_mib << 20) + _STATE_BYTES, f"the RAM of {name}"
+    if shop.memory is not None:
+        require_room(shop.memory, memory=size, disk=size, purpose=purpose)
+    elif not room_on_disk:
+        require_room(shop.paths.baselines, memory=0, disk=size, purpose=purpose)
+
+
+@contextlib.contextmanager
+def _place(shop: Workshop, name: str, cell: str, *, tmpfs: bool) -> Iterator[Site]:
     unique = f"{name}-{secrets.token_hex(4)}"
     folder, final = shop.paths.baselines / f".{unique}", shop.paths.baselines / name
     site = Site(folder, final, folder, tmpfs=False)
-    if machine is not None and shop.memory is not None:
+    if tmpfs and shop.memory is not None:
         site = Site(folder, final, shop.memory / unique, tmpfs=True)
-        size = (machine.memory_mib << 20) + _STATE_BYTES
-        require_room(shop.memory, memory=size, disk=size, purpose=f"the RAM of {name}")
     places = sorted({site.folder, site.memory})
     try:
         for place in places:

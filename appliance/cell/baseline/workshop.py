@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from appliance.cell.incarnation import Incarnation, prepare
 from appliance.cell.ledger import Ledger
 from appliance.cell.libvirt_door import Libvirt
 from appliance.cell.spec import MachineSpec
+from appliance.errors import ConflictError
 from appliance.host.paths import Paths
 from appliance.model import Accelerator
 
@@ -30,6 +34,28 @@ class Workshop:
         self.accelerator = accelerator
         self.owner = owner
         self.memory = memory  # where RAM files lie, if not in the home
+        self._names: set[str] = set()
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def reserve(self, name: str) -> Iterator[None]:
+        """Keep the name of a baseline that is being made from all others, for the length of a block.
+
+        Raises:
+            ConflictError: a baseline of that name is being made already.
+        """
+        with self._lock:
+            if name in self._names:
+                raise ConflictError(
+                    f"a baseline {name} is being made already",
+                    hint="choose another name, or wait for that one",
+                )
+            self._names.add(name)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._names.discard(name)
 
     def prepare(
         self, machine: MachineSpec, cell: str, *, backing: Path, ram: Path | None, incoming: bool
