@@ -295,13 +295,15 @@ def _check_file(baseline: Baseline, part: str, path: Path, fact: FileFact, *, re
     try:
         stat = path.stat()
     except OSError as e:
-        raise ResetError(
-            f"baseline {baseline.id} has lost {part}: {e}", hint="delete it; it is made anew"
-        ) from e
+        raise ResetError(f"baseline {baseline.id} has lost {part}: {e}", hint=_remedy(baseline)) from e
     same = (stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns) == (
         fact.size, fact.inode, fact.mtime_ns, fact.ctime_ns,
     )  # fmt: skip
     if (read or not same) and digest(path) != fact.sha256:
-        raise ResetError(
-            f"baseline {baseline.id}: {part} is not what was saved", hint="delete it; it is made anew"
-        )
+        raise ResetError(f"baseline {baseline.id}: {part} is not what was saved", hint=_remedy(baseline))
+
+
+def _remedy(baseline: Baseline) -> str:
+    how = {"import": "import it again", "request": "take the snapshot again"}
+    then = how.get(baseline.created_by, "the next trial or cell makes it anew")
+    return f"`hotcell baselines delete {baseline.id}`, then {then}"
