@@ -84,6 +84,19 @@ def test_a_standby_makes_way_and_others_stay(lab: Lab, w: Workbench) -> None:
     assert set(w.bench.standbys.ready()) == {"other"}
 
 
+def test_a_standby_that_withstands_is_swept_by_a_living_server(lab: Lab, w: Workbench) -> None:
+    mine = publish_one(w.host, "mine")
+    w.bench.standbys.ask(lambda _machine: "")
+    w.bench.standbys.keep("c1", [mine])
+    assert w.bench.standbys.wait_ready(5), w.bench.standbys.missing()
+    (domain,) = (m.domain for m in w.bench.standbys.ready().values())
+    w.host.libvirt.refuse = {"destroy"}
+    w.bench.standbys.drop_all()
+    w.host.libvirt.refuse = set()
+    assert [(s.name, s.outcome) for s in lab.sweep(dry_run=False).strays] == [(domain, "removed")]
+    assert lab.sweep(dry_run=True).strays == ()
+
+
 def test_a_machine_goes_back_to_another_baseline_of_its_own(lab: Lab, w: Workbench) -> None:
     publish_one(w.host, "mine")
     publish_one(w.host, "theirs", name="origin")
