@@ -127,12 +127,16 @@ class StandbyPool:
         self._destroy(s.machine for s in surplus)
 
     def forget(self, owner: str) -> None:
-        """An owner has ended. Its standbys stay for the next one; those of who ended before it go."""
+        """An owner has ended. Its standbys stay for the next one; those of who ended before it go.
+
+        What could not be made before is tried again.
+        """
         with self._changed:
             wishes = self._wishes.pop(owner, None)
             if not wishes:
                 return
             self._parting = wishes
+            self._missing_because.clear()
             surplus = self._take_surplus()
             self._changed.notify_all()
         self._destroy(s.machine for s in surplus)
@@ -201,6 +205,27 @@ class StandbyPool:
                     return False
                 self._changed.wait(left)
         return True
+
+    def try_again(self) -> None:
+        """There may be room now: make what could not be made before, or was given up."""
+        with self._changed:
+            self._missing_because.clear()
+            self._changed.notify_all()
+
+    def give_up(self, why: str) -> int:
+        """Destroy every standby, to be made again once it is tried again; returns how many there were.
+
+        The wishes of who is there stay, and ``why`` is why none stands by.
+        """
+        with self._changed:
+            self._parting.clear()
+            self._generation += 1
+            self._missing_because = dict.fromkeys(self._wanted, why)
+            given_up = list(self._ready.values())
+            self._ready.clear()
+            self._changed.notify_all()
+        self._destroy(s.machine for s in given_up)
+        return len(given_up)
 
     def drop_all(self) -> int:
         """Destroy every standby and want none; returns how many there were."""

@@ -562,6 +562,58 @@ def test_those_of_who_ended_make_way_for_who_is_there(h: Host) -> None:
     assert h.left == []
 
 
+def test_those_given_up_are_made_again_when_there_is_room(h: Host, pool: StandbyPool) -> None:
+    pool.keep("t1", [h.baseline("world")])
+    pool.keep("c1", [h.baseline("origin")])
+    assert pool.wait_ready(WAIT_S)
+    pool.forget("t1")
+    before = len(h.restored)
+    assert pool.give_up("given up for a trial") == 2
+    assert h.libvirt.domains == {}
+    assert pool.missing() == {h.baseline("origin").id: "given up for a trial"}
+    assert pool.take(h.baseline("origin"), "c1") == (None, "given up for a trial")
+    assert not pool.wait_ready(WAIT_S)
+    assert len(h.restored) == before, "not before it is tried again"
+    pool.try_again()
+    assert pool.wait_ready(WAIT_S)
+    assert names(pool) == {"origin"}, "of who has ended nothing is made again"
+
+
+def test_what_somebody_who_ended_held_is_made_again_for_others(h: Host) -> None:
+    pool = StandbyPool(h.shop, lambda _machine: "no room" if h.libvirt.domains else "")
+    pool.keep("c1", [h.baseline("origin")])
+    assert pool.wait_ready(WAIT_S)
+    pool.give_up("given up for a trial")
+    pool.keep("t1", [h.baseline("origin")])
+    assert pool.wait_ready(WAIT_S)
+    pool.keep("c1", [h.baseline("target-1")])
+    assert not pool.wait_ready(WAIT_S)
+    assert pool.missing() == {h.baseline("target-1").id: "no room"}
+    pool.forget("t1")
+    assert pool.wait_ready(WAIT_S)
+    assert names(pool) == {"target-1"}
+    pool.close()
+    assert h.left == []
+
+
+def test_one_in_the_making_is_given_up_too(h: Host, pool: StandbyPool) -> None:
+    begun, go = threading.Event(), threading.Event()
+
+    def slow(_clone: Incarnation) -> None:
+        begun.set()
+        assert go.wait(WAIT_S)
+
+    h.on_restore = slow
+    pool.keep("c1", [h.baseline("origin")])
+    assert begun.wait(WAIT_S)
+    pool.give_up("given up for a trial")
+    go.set()
+    h.on_restore = lambda _clone: None
+    pool.keep("c2", [h.baseline("target-1")])
+    pool.give_up("given up for a cell")
+    assert set(pool.missing().values()) == {"given up for a cell"}
+
+
 def test_a_baseline_that_is_dropped_is_nobodys_wish(h: Host, pool: StandbyPool) -> None:
     for owner in ("c1", "c2"):
         pool.keep(owner, [h.baseline("origin"), h.baseline("target-1")])
