@@ -26,6 +26,7 @@ from appliance.errors import HotcellError, ResetError
 STANDBY = "standby"
 _CLOSE_S = 60.0
 _HURRY_S = 2.0
+_DROP_S = 8.0
 Room = Callable[[MachineSpec], str]
 
 
@@ -143,7 +144,10 @@ class StandbyPool:
         self._destroy_lost()
 
     def drop(self, baseline_id: str) -> None:
-        """Nobody wishes this baseline any more, and its standby goes."""
+        """Nobody wishes this baseline any more, and its standby goes.
+
+        One that is being made, or that somebody else ends, is waited for, but not long.
+        """
         with self._changed:
             for wishes in (*self._wishes.values(), self._parting):
                 wishes.pop(baseline_id, None)
@@ -151,6 +155,10 @@ class StandbyPool:
             self._changed.notify_all()
         self._destroy(s.machine for s in surplus)
         self._destroy_lost()
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._making != baseline_id and baseline_id not in self._held.values(), _DROP_S
+            )
 
     def _take_surplus(self) -> list[Standby]:
         wanted = self._wanted

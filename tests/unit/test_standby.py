@@ -623,6 +623,41 @@ def test_a_baseline_that_is_dropped_is_nobodys_wish(h: Host, pool: StandbyPool) 
     assert pool.missing() == {}
 
 
+def test_dropping_one_that_is_being_made_waits_for_its_end(h: Host, pool: StandbyPool) -> None:
+    begun = threading.Event()
+
+    def slow(_clone: Incarnation) -> None:
+        begun.set()
+        time.sleep(0.3)
+
+    h.on_restore = slow
+    pool.keep("c1", [h.baseline("origin")])
+    assert begun.wait(WAIT_S)
+    pool.drop(h.baseline("origin").id)
+    assert h.libvirt.domains == {}
+    assert not list(h.paths.cells.glob("*/*/disk.qcow2"))
+
+
+def test_dropping_does_not_wait_for_others_nor_for_long(
+    h: Host, pool: StandbyPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go = threading.Event(), threading.Event()
+
+    def slow(_clone: Incarnation) -> None:
+        begun.set()
+        assert go.wait(WAIT_S)
+
+    h.on_restore = slow
+    pool.keep("c1", [h.baseline("origin")])
+    assert begun.wait(WAIT_S)
+    began = time.monotonic()
+    pool.drop(h.baseline("target-1").id)
+    monkeypatch.setattr(standby_module, "_DROP_S", 0.1)
+    pool.drop(h.baseline("origin").id)
+    assert time.monotonic() - began < standby_module._CLOSE_S / 20
+    go.set()
+
+
 def test_a_host_that_cannot_be_measured_does_not_end_the_making_for_good(h: Host) -> None:
     broken = [True]
 
