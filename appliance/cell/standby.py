@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from appliance.cell.baseline import Baseline, Workshop, check_files, prove, restore
+from appliance.cell.custody import Custody
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.ledger import Kind
 from appliance.cell.libvirt_door import DomainState
@@ -56,13 +57,11 @@ class StandbyPool:
         self._parting: dict[str, Baseline] = {}
         self._ready: dict[str, Standby] = {}
         self._missing_because: dict[str, str] = {}
-        self._making = ""  # the id of a baseline; what is made of it may have rows before it is held
-        self._held: dict[Incarnation, str] = {}  # from when it is made until it is handed over or destroyed
-        self._lost: dict[Incarnation, str] = {}  # withstood; both by the id of the baseline
         self._generation = 0
         self._hurried = 0
         self._hurry_until = 0.0
         self._changed = threading.Condition()
+        self._custody = Custody(STANDBY, shop.ledger, self._changed)
         self._worker: threading.Thread | None = None
 
     def ask(self, room: Room) -> None:
@@ -77,21 +76,10 @@ class StandbyPool:
     def lost(self) -> set[tuple[Kind, str]]:
         """Rows of ours that no machine of the pool has: what is left of one that could not be destroyed.
 
-        The pool never takes such a thing up again, so the answer stays true. While one is being made, only
-        what the pool knows to be lost is told.
-
         Raises:
             LabError: the ledger cannot be read.
         """
-        with self._changed:
-            rows = {(t.kind, t.name) for t in self._shop.ledger.things(owner=STANDBY)}
-            lost = {thing for machine in self._lost for thing in machine.things}
-            if self._making:
-                return rows & lost
-            kept = {thing for machine in self._held for thing in machine.things}
-            return {
-                (kind, name) for kind, name in rows - kept if kind in (Kind.DOMAIN, Kind.TAP, Kind.FOLDER)
-            }
+        return self._custody.lost()
 
     def ready(self) -> dict[str, Incarnation]:
         """What stands by now, by baseline id."""
@@ -125,7 +113,7 @@ class StandbyPool:
                 self._worker = threading.Thread(target=self._work, name="standbys", daemon=True)
                 self._worker.start()
             self._changed.notify_all()
-        self._destroy(s.machine for s in surplus)
+        self._custody.destroy(s.machine for s in surplus)
 
     def forget(self, owner: str) -> None:
         """An owner has ended. Its standbys stay for the next one; those of who ended before it go.
@@ -140,8 +128,8 @@ class StandbyPool:
             self._missing_because.clear()
             surplus = self._take_surplus()
             self._changed.notify_all()
-        self._destroy(s.machine for s in surplus)
-        self._destroy_lost()
+        self._custody.destroy(s.machine for s in surplus)
+        self._custody.destroy_lost()
 
     def drop(self, baseline_id: str) -> None:
         """Nobody wishes this baseline any more, and its standby goes.
@@ -153,12 +141,9 @@ class StandbyPool:
                 wishes.pop(baseline_id, None)
             surplus = self._take_surplus()
             self._changed.notify_all()
-        self._destroy(s.machine for s in surplus)
-        self._destroy_lost()
-        with self._changed:
-            self._changed.wait_for(
-                lambda: self._making != baseline_id and baseline_id not in self._held.values(), _DROP_S
-            )
+        self._custody.destroy(s.machine for s in surplus)
+        self._custody.destroy_lost()
+        self._custody.wait_none_of(baseline_id, _DROP_S)
 
     def _take_surplus(self) -> list[Standby]:
         wanted = self._wanted
@@ -183,10 +168,9 @@ class StandbyPool:
             _require_unchanged(found, baseline)
             found.machine.move_to(cell)
         except Exception as e:  # noqa: BLE001 - whatever it was, this one is not used, and ends
-            self._destroy([found.machine])
+            self._custody.destroy([found.machine])
             return None, f"withheld: {_told(e)}"
-        with self._changed:
-            self._held.pop(found.machine)
+        self._custody.let_go(found.machine)
         return found, ""
 
     @contextlib.contextmanager
@@ -232,7 +216,7 @@ class StandbyPool:
             given_up = list(self._ready.values())
             self._ready.clear()
             self._changed.notify_all()
-        self._destroy(s.machine for s in given_up)
+        self._custody.destroy(s.machine for s in given_up)
         return len(given_up)
 
     def drop_all(self) -> int:
@@ -243,7 +227,7 @@ class StandbyPool:
             self._generation += 1
             dropped = list(self._ready.values())
             self._ready.clear()
-        self._destroy(s.machine for s in dropped)
+        self._custody.destroy(s.machine for s in dropped)
         return len(dropped)
 
     def close(self) -> None:
@@ -253,7 +237,7 @@ class StandbyPool:
             self._changed.notify_all()
             worker = self._worker
         self.drop_all()
-        self._destroy_lost()
+        self._custody.destroy_lost()
         if worker is not None:
             worker.join(_CLOSE_S)
             if worker.is_alive():
@@ -281,7 +265,7 @@ class StandbyPool:
                 if self._closed:
                     return
                 baseline, generation = self._next(), self._generation
-                self._making = baseline.id if baseline is not None else ""
+                self._custody.making = baseline.id if baseline is not None else ""
             if baseline is not None:
                 self._add(baseline, generation)
 
@@ -290,7 +274,7 @@ class StandbyPool:
 
     def _add(self, baseline: Baseline, generation: int) -> None:
         why, made = "", None
-        self._destroy_lost()
+        self._custody.destroy_lost()
         try:
             why = self._room(baseline.machine)
             if why and self._give_up_parting(baseline):
@@ -302,17 +286,15 @@ class StandbyPool:
         with self._changed:
             current = generation == self._generation and self._wanted.get(baseline.id) == baseline
             if made is not None:
-                self._held[made.machine] = baseline.id
+                self._custody.hold(made.machine, baseline.id)
             if made is not None and current:
                 self._ready[baseline.id], made = made, None
             elif why:
                 self._missing_because[baseline.id] = why
             self._changed.notify_all()
         if made is not None:
-            self._destroy([made.machine])
-        with self._changed:
-            self._making = ""
-            self._changed.notify_all()
+            self._custody.destroy([made.machine])
+        self._custody.made()
 
     def _give_up_parting(self, baseline: Baseline) -> bool:
         """End what only the last one that ended had wished, if it is in the way; True if anything was."""
@@ -321,7 +303,7 @@ class StandbyPool:
                 return False
             self._parting = {}
             surplus = self._take_surplus()
-        self._destroy(s.machine for s in surplus)
+        self._custody.destroy(s.machine for s in surplus)
         return bool(surplus)
 
     def _make(self, baseline: Baseline) -> Standby:
@@ -333,30 +315,10 @@ class StandbyPool:
             _require_proved(standby)
             machine.pause()
         except BaseException:
-            with self._changed:
-                self._held[machine] = baseline.id
-            self._destroy([machine])
+            self._custody.hold(machine, baseline.id)
+            self._custody.destroy([machine])
             raise
         return standby
-
-    def _destroy(self, machines: Iterable[Incarnation]) -> None:
-        """End machines that are held. What withstands is lost: it is tried again, and the sweep may take it."""
-        for machine in machines:
-            gone = False
-            with contextlib.suppress(Exception):  # whatever it was, the next one ends too
-                machine.destroy()
-                gone = True
-            with self._changed:
-                baseline_id = self._held.pop(machine)
-                if not gone:
-                    self._lost[machine] = baseline_id
-                self._changed.notify_all()
-
-    def _destroy_lost(self) -> None:
-        with self._changed:
-            again, self._lost = self._lost, {}
-            self._held |= again
-        self._destroy(again)
 
     def _make_segment(self) -> None:
         if self._open:
