@@ -58,6 +58,7 @@ class StandbyPool:
         self._ready: dict[str, Standby] = {}
         self._missing_because: dict[str, str] = {}
         self._generation = 0
+        self._asked = 0
         self._hurried = 0
         self._hurry_until = 0.0
         self._changed = threading.Condition()
@@ -107,7 +108,7 @@ class StandbyPool:
             if self._closed:
                 return
             self._wishes[owner] = wishes
-            self._missing_because.clear()
+            self._ask_anew()
             surplus = self._take_surplus()
             if self._wanted and self._worker is None:
                 self._worker = threading.Thread(target=self._work, name="standbys", daemon=True)
@@ -125,7 +126,7 @@ class StandbyPool:
             if not wishes:
                 return
             self._parting = wishes
-            self._missing_because.clear()
+            self._ask_anew()
             surplus = self._take_surplus()
             self._changed.notify_all()
         self._custody.destroy(s.machine for s in surplus)
@@ -201,8 +202,12 @@ class StandbyPool:
     def try_again(self) -> None:
         """There may be room now: make what could not be made before, or was given up."""
         with self._changed:
-            self._missing_because.clear()
+            self._ask_anew()
             self._changed.notify_all()
+
+    def _ask_anew(self) -> None:
+        self._missing_because.clear()
+        self._asked += 1
 
     def give_up(self, why: str) -> int:
         """Destroy every standby, to be made again once it is tried again; returns how many there were.
@@ -237,11 +242,11 @@ class StandbyPool:
             self._changed.notify_all()
             worker = self._worker
         self.drop_all()
-        self._custody.destroy_lost()
         if worker is not None:
             worker.join(_CLOSE_S)
             if worker.is_alive():
                 return  # its machine goes when it is made; until then our things are in use
+        self._custody.destroy_lost()
         if self._open:
             self._segment.close()
             self._open = False
@@ -264,15 +269,15 @@ class StandbyPool:
                     self._changed.wait(left)
                 if self._closed:
                     return
-                baseline, generation = self._next(), self._generation
+                baseline, generation, asked = self._next(), self._generation, self._asked
                 self._custody.making = baseline.id if baseline is not None else ""
             if baseline is not None:
-                self._add(baseline, generation)
+                self._add(baseline, generation, asked)
 
     def _hurry_left(self) -> float:
         return self._hurry_until - time.monotonic() if self._hurried else 0.0
 
-    def _add(self, baseline: Baseline, generation: int) -> None:
+    def _add(self, baseline: Baseline, generation: int, asked: int) -> None:
         why, made = "", None
         self._custody.destroy_lost()
         try:
@@ -289,7 +294,7 @@ class StandbyPool:
                 self._custody.hold(made.machine, baseline.id)
             if made is not None and current:
                 self._ready[baseline.id], made = made, None
-            elif why:
+            elif why and asked == self._asked:  # else there may be room since it was looked for
                 self._missing_because[baseline.id] = why
             self._changed.notify_all()
         if made is not None:

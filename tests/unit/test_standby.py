@@ -596,7 +596,23 @@ def test_what_somebody_who_ended_held_is_made_again_for_others(h: Host) -> None:
     assert h.left == []
 
 
-def test_one_in_the_making_is_given_up_too(h: Host, pool: StandbyPool) -> None:
+def test_room_that_comes_while_it_is_looked_for_is_seen(h: Host) -> None:
+    answers = ["no room"]
+
+    def room(_machine: object) -> str:
+        why = answers.pop() if answers else ""
+        if why:
+            made.try_again()
+        return why
+
+    made = StandbyPool(h.shop, room)
+    made.keep("c1", [h.baseline("origin")])
+    assert made.wait_ready(WAIT_S)
+    made.close()
+    assert h.left == []
+
+
+def test_one_in_the_making_is_given_up_too(h: Host, made: StandbyPool) -> None:
     begun, go = threading.Event(), threading.Event()
 
     def slow(_clone: Incarnation) -> None:
