@@ -56,6 +56,15 @@ class Incarnation:
         return self.spec.domain
 
     @property
+    def things(self) -> list[tuple[Kind, str]]:
+        """Its rows in the ledger, as kind and name."""
+        return [
+            (Kind.TAP, self.spec.tap),
+            (Kind.DOMAIN, self.spec.domain),
+            (Kind.FOLDER, str(self.folder)),
+        ]
+
+    @property
     def state(self) -> DomainState:
         """What libvirt says now."""
         return self._libvirt.state(self.spec.domain)
@@ -146,12 +155,7 @@ class Incarnation:
         """
         if self.plugged:
             raise LabError(f"{self.domain} is plugged into cell {self.cell} and cannot move to {cell}")
-        mine = [
-            (Kind.TAP, self.spec.tap),
-            (Kind.DOMAIN, self.spec.domain),
-            (Kind.FOLDER, str(self.folder)),
-        ]
-        self._ledger.hand_over(mine, cell)
+        self._ledger.hand_over(self.things, cell)
         self.spec = self.spec.model_copy(update={"bridge": bridge_name(cell)})
         self.cell = cell
 

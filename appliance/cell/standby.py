@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from appliance.cell.baseline import Baseline, Workshop, check_files, prove, restore
+from appliance.cell.custody import Custody
 from appliance.cell.incarnation import Incarnation
+from appliance.cell.ledger import Kind
 from appliance.cell.libvirt_door import DomainState
 from appliance.cell.processes import is_domain_process
 from appliance.cell.proof import Proof
@@ -25,6 +27,7 @@ from appliance.errors import HotcellError, ResetError
 STANDBY = "standby"
 _CLOSE_S = 60.0
 _HURRY_S = 2.0
+_DROP_S = 8.0
 Room = Callable[[MachineSpec], str]
 
 
@@ -55,9 +58,11 @@ class StandbyPool:
         self._ready: dict[str, Standby] = {}
         self._missing_because: dict[str, str] = {}
         self._generation = 0
+        self._asked = 0
         self._hurried = 0
         self._hurry_until = 0.0
         self._changed = threading.Condition()
+        self._custody = Custody(STANDBY, shop.ledger, self._changed)
         self._worker: threading.Thread | None = None
 
     def ask(self, room: Room) -> None:
@@ -68,6 +73,14 @@ class StandbyPool:
     def in_use(self) -> set[str]:
         """The cell id that its things are written down under, while there may be any."""
         return {STANDBY} if self._open else set()
+
+    def lost(self) -> set[tuple[Kind, str]]:
+        """Rows of ours that no machine of the pool has: what is left of one that could not be destroyed.
+
+        Raises:
+            LabError: the ledger cannot be read.
+        """
+        return self._custody.lost()
 
     def ready(self) -> dict[str, Incarnation]:
         """What stands by now, by baseline id."""
@@ -95,33 +108,43 @@ class StandbyPool:
             if self._closed:
                 return
             self._wishes[owner] = wishes
-            self._missing_because.clear()
+            self._ask_anew()
             surplus = self._take_surplus()
             if self._wanted and self._worker is None:
                 self._worker = threading.Thread(target=self._work, name="standbys", daemon=True)
                 self._worker.start()
             self._changed.notify_all()
-        _destroy(surplus)
+        self._custody.destroy(s.machine for s in surplus)
 
     def forget(self, owner: str) -> None:
-        """An owner has ended. Its standbys stay for the next one; those of who ended before it go."""
+        """An owner has ended. Its standbys stay for the next one; those of who ended before it go.
+
+        What could not be made before is tried again.
+        """
         with self._changed:
             wishes = self._wishes.pop(owner, None)
             if not wishes:
                 return
             self._parting = wishes
+            self._ask_anew()
             surplus = self._take_surplus()
             self._changed.notify_all()
-        _destroy(surplus)
+        self._custody.destroy(s.machine for s in surplus)
+        self._custody.destroy_lost()
 
     def drop(self, baseline_id: str) -> None:
-        """Nobody wishes this baseline any more, and its standby goes."""
+        """Nobody wishes this baseline any more, and its standby goes.
+
+        One that is being made, or that somebody else ends, is waited for, but not long.
+        """
         with self._changed:
             for wishes in (*self._wishes.values(), self._parting):
                 wishes.pop(baseline_id, None)
             surplus = self._take_surplus()
             self._changed.notify_all()
-        _destroy(surplus)
+        self._custody.destroy(s.machine for s in surplus)
+        self._custody.destroy_lost()
+        self._custody.wait_none_of(baseline_id, _DROP_S)
 
     def _take_surplus(self) -> list[Standby]:
         wanted = self._wanted
@@ -145,9 +168,10 @@ class StandbyPool:
         try:
             _require_unchanged(found, baseline)
             found.machine.move_to(cell)
-        except HotcellError as e:
-            _destroy([found])
-            return None, f"withheld: {e.message}"
+        except Exception as e:  # noqa: BLE001 - whatever it was, this one is not used, and ends
+            self._custody.destroy([found.machine])
+            return None, f"withheld: {_told(e)}"
+        self._custody.let_go(found.machine)
         return found, ""
 
     @contextlib.contextmanager
@@ -175,6 +199,31 @@ class StandbyPool:
                 self._changed.wait(left)
         return True
 
+    def try_again(self) -> None:
+        """There may be room now: make what could not be made before, or was given up."""
+        with self._changed:
+            self._ask_anew()
+            self._changed.notify_all()
+
+    def _ask_anew(self) -> None:
+        self._missing_because.clear()
+        self._asked += 1
+
+    def give_up(self, why: str) -> int:
+        """Destroy every standby, to be made again once it is tried again; returns how many there were.
+
+        The wishes of who is there stay, and ``why`` is why none stands by.
+        """
+        with self._changed:
+            self._parting.clear()
+            self._generation += 1
+            self._missing_because = dict.fromkeys(self._wanted, why)
+            given_up = list(self._ready.values())
+            self._ready.clear()
+            self._changed.notify_all()
+        self._custody.destroy(s.machine for s in given_up)
+        return len(given_up)
+
     def drop_all(self) -> int:
         """Destroy every standby and want none; returns how many there were."""
         with self._changed:
@@ -183,7 +232,7 @@ class StandbyPool:
             self._generation += 1
             dropped = list(self._ready.values())
             self._ready.clear()
-        _destroy(dropped)
+        self._custody.destroy(s.machine for s in dropped)
         return len(dropped)
 
     def close(self) -> None:
@@ -197,6 +246,7 @@ class StandbyPool:
             worker.join(_CLOSE_S)
             if worker.is_alive():
                 return  # its machine goes when it is made; until then our things are in use
+        self._custody.destroy_lost()
         if self._open:
             self._segment.close()
             self._open = False
@@ -219,15 +269,17 @@ class StandbyPool:
                     self._changed.wait(left)
                 if self._closed:
                     return
-                baseline, generation = self._next(), self._generation
+                baseline, generation, asked = self._next(), self._generation, self._asked
+                self._custody.making = baseline.id if baseline is not None else ""
             if baseline is not None:
-                self._add(baseline, generation)
+                self._add(baseline, generation, asked)
 
     def _hurry_left(self) -> float:
         return self._hurry_until - time.monotonic() if self._hurried else 0.0
 
-    def _add(self, baseline: Baseline, generation: int) -> None:
+    def _add(self, baseline: Baseline, generation: int, asked: int) -> None:
         why, made = "", None
+        self._custody.destroy_lost()
         try:
             why = self._room(baseline.machine)
             if why and self._give_up_parting(baseline):
@@ -235,16 +287,19 @@ class StandbyPool:
             if not why:
                 made = self._make(baseline)
         except Exception as e:  # noqa: BLE001 - without a standby a reset is slower, and says why
-            why = e.message if isinstance(e, HotcellError) else f"{type(e).__name__}: {e}"
+            why = _told(e)
         with self._changed:
             current = generation == self._generation and self._wanted.get(baseline.id) == baseline
+            if made is not None:
+                self._custody.hold(made.machine, baseline.id)
             if made is not None and current:
                 self._ready[baseline.id], made = made, None
-            elif why:
+            elif why and asked == self._asked:  # else there may be room since it was looked for
                 self._missing_because[baseline.id] = why
             self._changed.notify_all()
         if made is not None:
-            _destroy([made])
+            self._custody.destroy([made.machine])
+        self._custody.made()
 
     def _give_up_parting(self, baseline: Baseline) -> bool:
         """End what only the last one that ended had wished, if it is in the way; True if anything was."""
@@ -253,7 +308,7 @@ class StandbyPool:
                 return False
             self._parting = {}
             surplus = self._take_surplus()
-        _destroy(surplus)
+        self._custody.destroy(s.machine for s in surplus)
         return bool(surplus)
 
     def _make(self, baseline: Baseline) -> Standby:
@@ -265,8 +320,8 @@ class StandbyPool:
             _require_proved(standby)
             machine.pause()
         except BaseException:
-            with contextlib.suppress(HotcellError):  # what is left is in the ledger
-                machine.destroy()
+            self._custody.hold(machine, baseline.id)
+            self._custody.destroy([machine])
             raise
         return standby
 
@@ -310,7 +365,5 @@ def _require_unchanged(standby: Standby, baseline: Baseline) -> None:
         raise ResetError(f"the standby of {baseline.id}: " + ", ".join(problems))
 
 
-def _destroy(standbys: Iterable[Standby]) -> None:
-    for standby in standbys:
-        with contextlib.suppress(HotcellError):  # what is left is in the ledger, and the sweep takes it
-            standby.machine.destroy()
+def _told(error: Exception) -> str:
+    return error.message if isinstance(error, HotcellError) else f"{type(error).__name__}: {error}"

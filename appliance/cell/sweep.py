@@ -31,6 +31,8 @@ from appliance.model import Frozen
 
 # Ids of cells (also those in which baselines are made) whose things are accounted for.
 InUse = Callable[[], set[str]]
+# Rows whose things are nobody's, although their owner is in use: true once it was said.
+Lost = Callable[[], set[tuple[Kind, str]]]
 _GONE_S = 30.0  # a QEMU of 4 GiB was seen to take 1.4 s to end after SIGKILL, on a busy host
 
 
@@ -63,7 +65,7 @@ class _Seen(NamedTuple):
     broken: list[Path]
 
 
-def find_strays(ground: Ground, in_use: InUse) -> list[Stray]:
+def find_strays(ground: Ground, in_use: InUse, lost: Lost = set) -> list[Stray]:
     """Everything of ours that nobody accounts for.
 
     Things are looked at before rows: each has its row before it exists, so that what is just being made is
@@ -75,15 +77,15 @@ def find_strays(ground: Ground, in_use: InUse) -> list[Stray]:
     rows = ground.ledger.things()
     domains = ground.libvirt.list_domains(OWNER_NS)
     owners |= in_use()
+    nobodys = lost()
+    left = [t for t in rows if t.owner not in owners or (t.kind, t.name) in nobodys]
     known = {(t.kind, t.name) for t in rows}
     # Every domain under our own root with our tag is ours; one without the tag is somebody else's.
     accounted = {d.name for d in domains}
-    accounted |= {t.name for t in rows if t.kind is Kind.DOMAIN and t.owner in owners}
+    accounted |= {t.name for t in rows if t.kind is Kind.DOMAIN and t not in left}
     kept = _published(ground.paths)
     strays = [
-        _found(t.kind, t.name, t.owner)
-        for t in rows
-        if t.owner not in owners and not (t.kind is Kind.FOLDER and t.name in kept)
+        _found(t.kind, t.name, t.owner) for t in left if t.kind is not Kind.FOLDER or t.name not in kept
     ]
     strays += [_found(Kind.DOMAIN, d.name) for d in domains if d.owner and (Kind.DOMAIN, d.name) not in known]
     strays += [_found(Kind.PROCESS, _told(p)) for p in seen.qemus if not _accounted(p, accounted)]

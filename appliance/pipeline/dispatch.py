@@ -201,7 +201,8 @@ class Dispatcher:
                 self._jobs[trial].waiting = f"{self._most} trials run, and guests.max_trials allows no more"
             return None, False
         chosen = self._turns.pick(ask)
-        self._grants.somebody_waits(next((d.reason for d in asked.values() if d.for_memory), ""))
+        reason = next((d.reason for d in asked.values() if d.for_memory), "")
+        self._grants.somebody_waits(reason, started=chosen is not None)
         if chosen is not None:
             self._running[chosen] = self._jobs[chosen]
             return self._jobs[chosen], False

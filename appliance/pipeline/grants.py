@@ -34,8 +34,11 @@ class Standbys(Protocol):
     def ready(self) -> Mapping[str, Incarnation]:
         """What stands by now."""
 
-    def drop_all(self) -> int:
-        """Give them all up; returns how many there were."""
+    def give_up(self, why: str) -> int:
+        """Destroy them all until they are tried again; returns how many there were."""
+
+    def try_again(self) -> None:
+        """Make again what there was no room for."""
 
 
 class Grants:
@@ -79,9 +82,10 @@ class Grants:
             CapacityError: there is no room now, or never will be.
         """
         decision = self.request(cell, need)
-        if decision.pressed and self._standbys.drop_all():
+        if decision.pressed and self._standbys.give_up("given up for a cell"):
             decision = self.request(cell, need)
         if decision.verdict is not Verdict.ADMIT:
+            self._standbys.try_again()  # those that were given up made too little room
             raise refusal(decision, need, self._measure())
         with self._lock:
             self._by_hand.append(cell)
@@ -105,6 +109,7 @@ class Grants:
             self._by_hand = [c for c in self._by_hand if c != cell]
         if released is not None:
             self.on_release()
+            self._standbys.try_again()
 
     def owners(self) -> set[str]:
         """The cells that hold a grant."""
@@ -117,11 +122,18 @@ class Grants:
 
     def give_up_standbys(self) -> None:
         """End all machines that stand by: somebody waits for their memory."""
-        self._standbys.drop_all()
+        self._standbys.give_up("given up for a trial")
 
-    def somebody_waits(self, reason: str) -> None:
-        """Note why somebody waits for memory; "" if nobody does."""
+    def somebody_waits(self, reason: str, *, started: bool = False) -> None:
+        """Note why somebody waits for memory; "" if nobody does.
+
+        Standbys are tried again when nobody waits any more, but not if a trial has just ``started``: they would
+        compete with its preflight.
+        """
+        over = bool(self._waits) and not reason and not started
         self._waits = reason
+        if over:
+            self._standbys.try_again()
 
     def room_for_standby(self, machine: MachineSpec) -> str:
         """Why there is no room for one more machine that stands by, or "".

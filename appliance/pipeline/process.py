@@ -15,7 +15,7 @@ from appliance.cell import netlink
 from appliance.cell.isolation import SealFact, namespace_facts, require_sealed
 from appliance.cell.ledger import Ledger
 from appliance.cell.libvirt_door import Libvirt
-from appliance.cell.sweep import Ground, InUse, find_strays, remove
+from appliance.cell.sweep import Ground, InUse, Lost, find_strays, remove
 from appliance.cell.sweep import Stray as Found
 from appliance.errors import ConflictError, SealError
 from appliance.host.paths import Paths
@@ -77,10 +77,15 @@ def require_sealed_process() -> int:
     return host
 
 
-def sweep_view(paths: Paths, libvirt: Libvirt, ledger: Ledger, in_use: InUse, *, dry_run: bool) -> SweepView:
-    """Find strays and, unless ``dry_run``, remove them. ``in_use`` is asked for the cells that are open."""
+def sweep_view(
+    paths: Paths, libvirt: Libvirt, ledger: Ledger, in_use: InUse, lost: Lost = set, *, dry_run: bool
+) -> SweepView:
+    """Find strays and, unless ``dry_run``, remove them.
+
+    ``in_use`` is asked for the cells that are open, ``lost`` for what is left of their machines.
+    """
     ground = Ground(paths, libvirt, ledger, links=_left is not None)
-    found = find_strays(ground, in_use)
+    found = find_strays(ground, in_use, lost)
     done = found if dry_run else remove(found, ground)
     return SweepView(dry_run=dry_run, strays=tuple(_view(s, dry_run=dry_run) for s in done))
 

@@ -122,8 +122,8 @@ class Switches:
 
     def sweep(self, dry_run: bool) -> SweepView:
         """Strays of this home."""
-        shop = self._bench.shop
-        return sweep_view(self._bench.paths, shop.libvirt, shop.ledger, self._in_use, dry_run=dry_run)
+        shop, lost = self._bench.shop, self._bench.standbys.lost
+        return sweep_view(self._bench.paths, shop.libvirt, shop.ledger, self._in_use, lost, dry_run=dry_run)
 
     def _in_use(self) -> set[str]:
         return (

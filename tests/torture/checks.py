@@ -65,6 +65,7 @@ def after_point(rig: Rig, created: Collection[str], verified: set[str]) -> list[
     """All of it, with a server that serves."""
     with rig.client() as client:
         faults = _settled(rig, client) + [f"stray: {s}" for s in rig.sweep(client)]
+        # What is left of a standby that its pool lost is a stray; the other rows of standbys are in use.
         faults += [f"row left: {r}" for r in rig.rows() if r[2] != STANDBY]
         faults += [f"folder left: {p}" for p in rig.paths.cells.iterdir() if p.name != STANDBY]
         faults += [

@@ -38,14 +38,19 @@ class Standbys:
     def __init__(self) -> None:
         self.held = 0.0
         self.dropped = 0
+        self.tried = 0
 
     def ready(self) -> dict[str, Incarnation]:
         return {"b": None} if self.held else {}  # type: ignore[dict-item]
 
-    def drop_all(self) -> int:
+    def give_up(self, why: str) -> int:
+        assert why
         self.dropped += bool(self.held)
         self.held = 0.0
         return 1
+
+    def try_again(self) -> None:
+        self.tried += 1
 
 
 class Floor:
@@ -198,6 +203,18 @@ def test_no_standby_while_somebody_waits_for_memory(floor: Floor) -> None:
     assert floor.grants.room_for_standby(machine_spec()) == ""
     floor.memory = 12.3
     assert "standing by needs 128 MiB, 51 MiB free" in floor.grants.room_for_standby(machine_spec())
+
+
+def test_standbys_are_tried_again_when_there_may_be_room(floor: Floor) -> None:
+    floor.put("a", 12)
+    floor.put("b", 12)
+    wait_for(lambda: "b" in floor.told)
+    assert floor.standbys.tried == 0
+    floor.dispatcher.stop(floor.jobs["b"], "enough", failure=False)
+    wait_for(lambda: floor.never == ["b"])
+    wait_for(lambda: floor.standbys.tried == 1)
+    floor.let("a")
+    wait_for(lambda: floor.standbys.tried == 2)
 
 
 def test_of_many_who_ask_at_once_none_gets_room_twice(floor: Floor) -> None:

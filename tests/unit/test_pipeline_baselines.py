@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from appliance.cell.baseline import RAM, exporting, sparse
+from appliance.cell.baseline import RAM, Baseline, exporting, sparse
+from appliance.cell.standby import Standby
 from appliance.config import HostSettings, load_library
 from appliance.errors import ConflictError, HostError, NotFoundError, ResetError
 from appliance.pipeline import cells as cells_module
@@ -82,6 +84,41 @@ def test_a_standby_makes_way_and_others_stay(lab: Lab, w: Workbench) -> None:
     assert any("of standby runs on it" in n for n in lab.baseline("mine").needed_by)
     lab.delete_baseline("mine")
     assert set(w.bench.standbys.ready()) == {"other"}
+
+
+@pytest.mark.parametrize("overlay", [True, False])
+def test_a_standby_in_the_making_makes_way(
+    lab: Lab, w: Workbench, monkeypatch: pytest.MonkeyPatch, overlay: bool
+) -> None:
+    begun, make = threading.Event(), w.bench.standbys._make
+
+    def slowly(baseline: Baseline) -> Standby:
+        made = make(baseline) if overlay else None
+        begun.set()
+        time.sleep(0.3)
+        return made or make(baseline)
+
+    mine = publish_one(w.host, "mine")
+    w.bench.standbys.ask(lambda _machine: "")
+    monkeypatch.setattr(w.bench.standbys, "_make", slowly)
+    w.bench.standbys.keep("c1", [mine])
+    assert begun.wait(5)
+    w.bench.standbys.forget("c1")
+    assert lab.delete_baseline("mine").name == "mine"
+    assert w.bench.standbys.missing() == {}
+
+
+def test_a_standby_that_withstands_is_swept_by_a_living_server(lab: Lab, w: Workbench) -> None:
+    mine = publish_one(w.host, "mine")
+    w.bench.standbys.ask(lambda _machine: "")
+    w.bench.standbys.keep("c1", [mine])
+    assert w.bench.standbys.wait_ready(5), w.bench.standbys.missing()
+    (domain,) = (m.domain for m in w.bench.standbys.ready().values())
+    w.host.libvirt.refuse = {"destroy"}
+    w.bench.standbys.drop_all()
+    w.host.libvirt.refuse = set()
+    assert [(s.name, s.outcome) for s in lab.sweep(dry_run=False).strays] == [(domain, "removed")]
+    assert lab.sweep(dry_run=True).strays == ()
 
 
 def test_a_machine_goes_back_to_another_baseline_of_its_own(lab: Lab, w: Workbench) -> None:

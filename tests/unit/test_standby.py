@@ -15,6 +15,7 @@ from appliance.cell.ledger import Kind
 from appliance.cell.libvirt_door import DomainState
 from appliance.cell.proof import Proof
 from appliance.cell.standby import STANDBY, StandbyPool
+from appliance.cell.sweep import Ground, find_strays, remove
 from appliance.errors import LabError, ResetError
 from tests.fakes.cells import Host, host
 
@@ -391,6 +392,128 @@ def test_a_segment_that_cannot_be_made_is_tried_again(h: Host, pool: StandbyPool
     assert pool.wait_ready(WAIT_S)
 
 
+# -- what withstands -------------------------------------------------------------------------------------
+
+
+def ground(h: Host) -> Ground:
+    return Ground(h.paths, h.libvirt, h.ledger, links=True)  # type: ignore[arg-type]
+
+
+def strays(h: Host, pool: StandbyPool) -> list[str]:
+    return [s.name for s in find_strays(ground(h), lambda: pool.in_use, pool.lost)]
+
+
+def lose_one(h: Host, pool: StandbyPool) -> Incarnation:
+    pool.keep("c1", [h.baseline("origin")])
+    assert pool.wait_ready(WAIT_S)
+    machine = pool.ready()[h.baseline("origin").id]
+    h.libvirt.refuse = {"destroy"}
+    pool.drop_all()
+    h.libvirt.refuse = set()
+    assert machine.state is DomainState.PAUSED
+    assert pool.ready() == {}
+    return machine
+
+
+def test_one_that_withstands_is_a_stray_and_others_are_not(h: Host, pool: StandbyPool) -> None:
+    lost = lose_one(h, pool)
+    assert strays(h, pool) == [lost.domain]
+    h.libvirt.refuse = {"destroy origin"}
+    pool.keep("c1", [h.baseline("target-1")])
+    assert pool.wait_ready(WAIT_S)
+    assert strays(h, pool) == [lost.domain], "what stands by and its segment are in use"
+    h.libvirt.refuse = set()
+    found = find_strays(ground(h), lambda: pool.in_use, pool.lost)
+    assert all(s.removed for s in remove(found, ground(h)))
+    assert lost.state is DomainState.GONE
+    assert [m.state for m in pool.ready().values()] == [DomainState.PAUSED]
+    assert strays(h, pool) == []
+
+
+def _another_is_made(h: Host, pool: StandbyPool) -> None:
+    pool.keep("c1", [h.baseline("target-1")])
+    assert pool.wait_ready(WAIT_S)
+
+
+def _its_baseline_goes(h: Host, pool: StandbyPool) -> None:
+    pool.drop(h.baseline("origin").id)
+
+
+def _an_owner_ends(h: Host, pool: StandbyPool) -> None:
+    pool.keep("c2", [h.baseline("target-1")])
+    pool.forget("c2")
+
+
+@pytest.mark.parametrize("then", [_another_is_made, _its_baseline_goes, _an_owner_ends])
+def test_one_that_withstood_is_tried_again(
+    h: Host, pool: StandbyPool, then: Callable[[Host, StandbyPool], None]
+) -> None:
+    lost = lose_one(h, pool)
+    then(h, pool)
+    assert lost.state is DomainState.GONE
+    assert strays(h, pool) == []
+
+
+def test_a_pool_that_is_closed_tries_again_too(h: Host, pool: StandbyPool) -> None:
+    lose_one(h, pool)
+    pool.close()
+    assert h.left == []
+
+
+def test_one_that_is_being_made_is_nobodys_stray(h: Host, pool: StandbyPool) -> None:
+    seen = list[list[str]]()
+    lost = lose_one(h, pool)
+    h.libvirt.refuse = {"destroy origin"}
+    h.on_restore = lambda _clone: seen.append(strays(h, pool))
+    pool.keep("c1", [h.baseline("target-1")])
+    assert pool.wait_ready(WAIT_S)
+    assert seen == [[lost.domain]]
+    h.libvirt.refuse = set()
+
+
+def test_what_a_making_that_failed_left_is_a_stray(h: Host, pool: StandbyPool) -> None:
+    def fails(clone: Incarnation) -> None:
+        h.libvirt.refuse = {"destroy"}
+        raise LabError("no answer")
+
+    h.on_restore = fails
+    pool.keep("c1", [h.baseline("origin")])
+    assert not pool.wait_ready(WAIT_S)
+    deadline = time.monotonic() + WAIT_S
+    while not (found := strays(h, pool)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert found == list(h.libvirt.domains)
+    h.libvirt.refuse = set()
+    assert all(s.removed for s in remove(find_strays(ground(h), lambda: pool.in_use, pool.lost), ground(h)))
+
+
+def test_one_that_is_handed_over_is_nobodys_stray(h: Host, pool: StandbyPool) -> None:
+    c = cell(h, pool, "origin")
+    pool.keep("c1", [h.baseline("origin")])
+    assert pool.wait_ready(WAIT_S)
+    pool.take(h.baseline("origin"), "c1")
+    assert find_strays(ground(h), lambda: {"c1", *pool.in_use}, pool.lost) == []
+    assert all(s.removed for s in remove(find_strays(ground(h), lambda: pool.in_use, pool.lost), ground(h)))
+    c.close()
+
+
+@pytest.mark.parametrize("fault", [OSError(5, "Input/output error"), ValueError("odd")])
+def test_whatever_is_wrong_with_what_was_taken_it_ends(
+    h: Host, pool: StandbyPool, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    def fails(_baseline: object) -> None:
+        raise fault
+
+    pool.keep("c1", [h.baseline("origin")])
+    assert pool.wait_ready(WAIT_S)
+    waiting = pool.ready()[h.baseline("origin").id]
+    monkeypatch.setattr(standby_module, "check_files", fails)
+    found, why = pool.take(h.baseline("origin"), "c1")
+    assert (found, why) == (None, f"withheld: {type(fault).__name__}: {fault}")
+    assert waiting.state is DomainState.GONE
+    assert str(waiting.folder) not in {t.name for t in h.ledger.things()}
+
+
 # -- whose wish it is ------------------------------------------------------------------------------------
 
 
@@ -439,6 +562,74 @@ def test_those_of_who_ended_make_way_for_who_is_there(h: Host) -> None:
     assert h.left == []
 
 
+def test_those_given_up_are_made_again_when_there_is_room(h: Host, pool: StandbyPool) -> None:
+    pool.keep("t1", [h.baseline("world")])
+    pool.keep("c1", [h.baseline("origin")])
+    assert pool.wait_ready(WAIT_S)
+    pool.forget("t1")
+    before = len(h.restored)
+    assert pool.give_up("given up for a trial") == 2
+    assert h.libvirt.domains == {}
+    assert pool.missing() == {h.baseline("origin").id: "given up for a trial"}
+    assert pool.take(h.baseline("origin"), "c1") == (None, "given up for a trial")
+    assert not pool.wait_ready(WAIT_S)
+    assert len(h.restored) == before, "not before it is tried again"
+    pool.try_again()
+    assert pool.wait_ready(WAIT_S)
+    assert names(pool) == {"origin"}, "of who has ended nothing is made again"
+
+
+def test_what_somebody_who_ended_held_is_made_again_for_others(h: Host) -> None:
+    pool = StandbyPool(h.shop, lambda _machine: "no room" if h.libvirt.domains else "")
+    pool.keep("c1", [h.baseline("origin")])
+    assert pool.wait_ready(WAIT_S)
+    pool.give_up("given up for a trial")
+    pool.keep("t1", [h.baseline("origin")])
+    assert pool.wait_ready(WAIT_S)
+    pool.keep("c1", [h.baseline("target-1")])
+    assert not pool.wait_ready(WAIT_S)
+    assert pool.missing() == {h.baseline("target-1").id: "no room"}
+    pool.forget("t1")
+    assert pool.wait_ready(WAIT_S)
+    assert names(pool) == {"target-1"}
+    pool.close()
+    assert h.left == []
+
+
+def test_room_that_comes_while_it_is_looked_for_is_seen(h: Host) -> None:
+    answers = ["no room"]
+
+    def room(_machine: object) -> str:
+        why = answers.pop() if answers else ""
+        if why:
+            made.try_again()
+        return why
+
+    made = StandbyPool(h.shop, room)
+    made.keep("c1", [h.baseline("origin")])
+    assert made.wait_ready(WAIT_S)
+    made.close()
+    assert h.left == []
+
+
+def test_one_in_the_making_is_given_up_too(h: Host, pool: StandbyPool) -> None:
+    begun, go = threading.Event(), threading.Event()
+
+    def slow(_clone: Incarnation) -> None:
+        begun.set()
+        assert go.wait(WAIT_S)
+
+    h.on_restore = slow
+    pool.keep("c1", [h.baseline("origin")])
+    assert begun.wait(WAIT_S)
+    pool.give_up("given up for a trial")
+    go.set()
+    h.on_restore = lambda _clone: None
+    pool.keep("c2", [h.baseline("target-1")])
+    pool.give_up("given up for a cell")
+    assert set(pool.missing().values()) == {"given up for a cell"}
+
+
 def test_a_baseline_that_is_dropped_is_nobodys_wish(h: Host, pool: StandbyPool) -> None:
     for owner in ("c1", "c2"):
         pool.keep(owner, [h.baseline("origin"), h.baseline("target-1")])
@@ -446,6 +637,41 @@ def test_a_baseline_that_is_dropped_is_nobodys_wish(h: Host, pool: StandbyPool) 
     pool.drop(h.baseline("origin").id)
     assert names(pool) == {"target-1"}
     assert pool.missing() == {}
+
+
+def test_dropping_one_that_is_being_made_waits_for_its_end(h: Host, pool: StandbyPool) -> None:
+    begun = threading.Event()
+
+    def slow(_clone: Incarnation) -> None:
+        begun.set()
+        time.sleep(0.3)
+
+    h.on_restore = slow
+    pool.keep("c1", [h.baseline("origin")])
+    assert begun.wait(WAIT_S)
+    pool.drop(h.baseline("origin").id)
+    assert h.libvirt.domains == {}
+    assert not list(h.paths.cells.glob("*/*/disk.qcow2"))
+
+
+def test_dropping_does_not_wait_for_others_nor_for_long(
+    h: Host, pool: StandbyPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go = threading.Event(), threading.Event()
+
+    def slow(_clone: Incarnation) -> None:
+        begun.set()
+        assert go.wait(WAIT_S)
+
+    h.on_restore = slow
+    pool.keep("c1", [h.baseline("origin")])
+    assert begun.wait(WAIT_S)
+    began = time.monotonic()
+    pool.drop(h.baseline("target-1").id)
+    monkeypatch.setattr(standby_module, "_DROP_S", 0.1)
+    pool.drop(h.baseline("origin").id)
+    assert time.monotonic() - began < standby_module._CLOSE_S / 20
+    go.set()
 
 
 def test_a_host_that_cannot_be_measured_does_not_end_the_making_for_good(h: Host) -> None:

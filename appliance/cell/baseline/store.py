@@ -20,8 +20,8 @@ from appliance.errors import ConflictError, LabError, NotFoundError
 class BaselineStore:
     """Every call may come from any thread. ``checked`` holds the keys of what this process has read whole.
 
-    ``spare`` is called before a baseline is deleted that only machines of no cell or trial run on: standbys,
-    which are nobody's and can be made again. It ends those of this baseline.
+    ``spare`` is called before a baseline is deleted that no cell, trial or baseline needs. It ends its standbys,
+    which are nobody's, and waits for one that is just being made: that may have no overlay to be seen by yet.
     """
 
     def __init__(self, shop: Workshop) -> None:
@@ -117,11 +117,7 @@ class BaselineStore:
             NotFoundError: it is gone already.
             ConflictError: something depends on it; the message names what.
         """
-        if (
-            not self._holders.get(baseline.id)
-            and not self.children(baseline)
-            and any(self._machines_on(baseline))
-        ):
+        if not self._holders.get(baseline.id) and not self.children(baseline):
             self.spare(baseline)
         with self.owner("delete") as owner:
             with self._lock:
