@@ -7,14 +7,15 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from typing import Any
 
-import click
 import httpx
 import pytest
 import typer
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from typer.core import TyperGroup
 
 from api import tarstream
 from appliance.cli import client as cli_client
@@ -43,9 +44,10 @@ NO_DATA = {"serve", "demo", "bundle"}  # docs/command-line.md names them
 VERBS = [verb for group in _VERBS.values() for verb in group]
 
 
-def made_from(verb: str) -> click.Command:
+def made_from(verb: str) -> Any:
+    """What Typer makes of a verb."""
     group = typer.main.get_command(app)
-    assert isinstance(group, click.Group)
+    assert isinstance(group, TyperGroup)
     return group.commands[verb]
 
 
