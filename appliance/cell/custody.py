@@ -36,6 +36,7 @@ class Custody:
         """It was handed over."""
         with self._changed:
             self._held.pop(machine)
+            self._changed.notify_all()
 
     def made(self) -> None:
         """Nothing is being made now: what was is held, destroyed or lost."""

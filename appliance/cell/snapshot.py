@@ -52,7 +52,8 @@ def snapshot(
     machine = cell.machine(name)
     kind = kind or parent.kind
     require_kind(machine.spec.machine, kind)
-    with making(shop, label, cell.id, machine.spec.machine if kind == "ram" else None) as site:
+    of_ram = machine.spec.machine if kind == "ram" else None
+    with making(shop, label, cell.id, of_ram, in_use=True) as site:
         if site.final.exists():
             raise ConflictError(f"there is a baseline {label} already", hint="choose another name")
         # The sentinels of this incarnation are part of no baseline: a restore must find none.

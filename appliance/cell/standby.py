@@ -119,7 +119,7 @@ class StandbyPool:
     def forget(self, owner: str) -> None:
         """An owner has ended. Its standbys stay for the next one; those of who ended before it go.
 
-        What could not be made before is tried again.
+        What could not be made before for those who are there is tried again.
         """
         with self._changed:
             wishes = self._wishes.pop(owner, None)
@@ -130,7 +130,6 @@ class StandbyPool:
             surplus = self._take_surplus()
             self._changed.notify_all()
         self._custody.destroy(s.machine for s in surplus)
-        self._custody.destroy_lost()
 
     def drop(self, baseline_id: str) -> None:
         """Nobody wishes this baseline any more, and its standby goes.
@@ -206,7 +205,9 @@ class StandbyPool:
             self._changed.notify_all()
 
     def _ask_anew(self) -> None:
-        self._missing_because.clear()
+        """Not for those who have ended: what they did without is not made in the room that they give back."""
+        wished = {baseline_id for wishes in self._wishes.values() for baseline_id in wishes}
+        self._missing_because = {b: why for b, why in self._missing_because.items() if b not in wished}
         self._asked += 1
 
     def give_up(self, why: str) -> int:
@@ -278,7 +279,7 @@ class StandbyPool:
         return self._hurry_until - time.monotonic() if self._hurried else 0.0
 
     def _add(self, baseline: Baseline, generation: int, asked: int) -> None:
-        why, made = "", None
+        why, made, failed = "", None, False
         self._custody.destroy_lost()
         try:
             why = self._room(baseline.machine)
@@ -287,14 +288,14 @@ class StandbyPool:
             if not why:
                 made = self._make(baseline)
         except Exception as e:  # noqa: BLE001 - without a standby a reset is slower, and says why
-            why = _told(e)
+            why, failed = _told(e), True
         with self._changed:
             current = generation == self._generation and self._wanted.get(baseline.id) == baseline
             if made is not None:
                 self._custody.hold(made.machine, baseline.id)
             if made is not None and current:
                 self._ready[baseline.id], made = made, None
-            elif why and asked == self._asked:  # else there may be room since it was looked for
+            elif failed or (why and asked == self._asked):  # else there may be room since it was looked for
                 self._missing_because[baseline.id] = why
             self._changed.notify_all()
         if made is not None:

@@ -99,8 +99,8 @@ def conduct(
         outcome = _run_and_score(bench, plan, folder, cell, stop, enter)
     finally:
         bench.shelf.store.release(plan.id)
+        bench.standbys.forget(plan.id)  # first: nothing more is made for it in the room that it gives back
         on_gone()
-        bench.standbys.forget(plan.id)
     outcome.started = started
     return _finish(bench, plan, folder, outcome)
 

@@ -81,11 +81,14 @@ class Grants:
         Raises:
             CapacityError: there is no room now, or never will be.
         """
-        decision = self.request(cell, need)
-        if decision.pressed and self._standbys.give_up("given up for a cell"):
+        decision, given_up = self.request(cell, need), 0
+        if decision.pressed:
+            given_up = self._standbys.give_up("given up for a cell")
+        if given_up:
             decision = self.request(cell, need)
         if decision.verdict is not Verdict.ADMIT:
-            self._standbys.try_again()  # those that were given up made too little room
+            if given_up:  # and it made too little room
+                self._standbys.try_again()
             raise refusal(decision, need, self._measure())
         with self._lock:
             self._by_hand.append(cell)
@@ -108,8 +111,10 @@ class Grants:
             released = self._granted.pop(cell, None)
             self._by_hand = [c for c in self._by_hand if c != cell]
         if released is not None:
+            waited = bool(self._waits)
             self.on_release()
-            self._standbys.try_again()
+            if not waited:  # else the room is for who waited
+                self._standbys.try_again()
 
     def owners(self) -> set[str]:
         """The cells that hold a grant."""

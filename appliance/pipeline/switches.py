@@ -139,6 +139,7 @@ class Switches:
         self._give_back_descriptors()
         problems: list[str] = []
         tried = _Tries(problems)
+        tried.call(self._bench.standbys.drop_all)  # or the room of what ends is used to make more of them
         tried.call(self._trials.close)
         for cell in self._cells.all():
             with suppress(Exception):  # the sweep takes what is left

@@ -22,7 +22,7 @@ from appliance.cell.baseline import (
     publish,
 )
 from appliance.cell.proof import Expected
-from appliance.cell.spec import GuestImage
+from appliance.cell.spec import GuestImage, MachineSpec
 from appliance.model import Accelerator
 from tests.fakes.cells import Host, fake_overlay
 from tests.fakes.machine import DIGEST, machine_spec
@@ -40,7 +40,7 @@ def image_folder(h: Host, digest: str) -> Path:
     return folder
 
 
-def machine(h: Host, name: str = "target-1", **changes: object) -> object:
+def machine(h: Host, name: str = "target-1", **changes: object) -> MachineSpec:
     """A machine of 64 MiB, the least there is."""
     spec = machine_spec(name, image_folder(h, DIGEST))
     return spec.model_copy(update={"memory_mib": MIB, **changes})
@@ -58,13 +58,13 @@ def publish_one(
 ) -> Baseline:
     """A baseline with real files: 64 MiB of RAM, almost all of it a hole, on its parent or on the image."""
     spec = machine(h, name)
-    chain = parent.expected.chain if parent else (spec.image.disk,)  # type: ignore[attr-defined]
+    chain = parent.expected.chain if parent else (spec.image.disk,)
     common = {
         "key": label.ljust(64, "0"), "machine": spec, "accelerator": Accelerator.TCG, "files": {}, "below": {},
         "created": 1.0, "seconds": 1.0, "versions": h.libvirt.versions(), "label": label,
         "parent": parent.id if parent else "",
     }  # fmt: skip
-    with making(h.shop, label, "make-1", spec if kind == "ram" else None) as site:  # type: ignore[arg-type]
+    with making(h.shop, label, "make-1", spec if kind == "ram" else None) as site:
         write_layer(site.folder / DISK, chain[0])
         below = (site.final / DISK, *chain)
         if kind == "disk":

@@ -217,7 +217,7 @@ def test_a_making_that_fails_leaves_nothing_on_tmpfs(h: Host, memory: Path) -> N
         assert {t.name for t in h.ledger.things()} == {str(site.folder), str(site.memory)}
         raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError), making(h.shop, "clean", "make-1", machine(h)) as site:  # type: ignore[arg-type]
+    with pytest.raises(ZeroDivisionError), making(h.shop, "clean", "make-1", machine(h)) as site:
         fail(site)
     assert [p.name for p in memory.iterdir()] == [MARK]
     assert h.ledger.things() == []
@@ -267,7 +267,7 @@ def test_no_room_on_tmpfs_is_told_before_anything_is_made(
     h: Host, memory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     huge = machine(h, memory_mib=1 << 30)
-    with pytest.raises(CapacityError, match="the RAM of clean"), making(h.shop, "clean", "c", huge):  # type: ignore[arg-type]
+    with pytest.raises(CapacityError, match="the RAM of clean"), making(h.shop, "clean", "c", huge):
         raise AssertionError
     assert h.ledger.things() == []
 

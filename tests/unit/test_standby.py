@@ -439,12 +439,7 @@ def _its_baseline_goes(h: Host, pool: StandbyPool) -> None:
     pool.drop(h.baseline("origin").id)
 
 
-def _an_owner_ends(h: Host, pool: StandbyPool) -> None:
-    pool.keep("c2", [h.baseline("target-1")])
-    pool.forget("c2")
-
-
-@pytest.mark.parametrize("then", [_another_is_made, _its_baseline_goes, _an_owner_ends])
+@pytest.mark.parametrize("then", [_another_is_made, _its_baseline_goes])
 def test_one_that_withstood_is_tried_again(
     h: Host, pool: StandbyPool, then: Callable[[Host, StandbyPool], None]
 ) -> None:
@@ -594,6 +589,31 @@ def test_what_somebody_who_ended_held_is_made_again_for_others(h: Host) -> None:
     assert names(pool) == {"target-1"}
     pool.close()
     assert h.left == []
+
+
+def test_what_one_who_ended_did_without_is_not_made_in_the_room_it_gives_back(
+    h: Host, pool: StandbyPool
+) -> None:
+    pool.keep("t1", [h.baseline("origin")])
+    assert pool.wait_ready(WAIT_S)
+    pool.give_up("given up for a cell")
+    pool.forget("t1")
+    pool.keep("t2", [h.baseline("target-1")])
+    pool.try_again()
+    assert not pool.wait_ready(WAIT_S)
+    assert names(pool) == {"target-1"}
+    assert pool.missing() == {h.baseline("origin").id: "given up for a cell"}
+
+
+def test_a_making_that_fails_is_told_although_room_came_meanwhile(h: Host, pool: StandbyPool) -> None:
+    def fails(_clone: Incarnation) -> None:
+        pool.try_again()
+        raise LabError("QEMU refused")
+
+    h.on_restore = fails
+    pool.keep("c1", [h.baseline("origin")])
+    assert not pool.wait_ready(WAIT_S)
+    assert pool.missing() == {h.baseline("origin").id: "QEMU refused"}
 
 
 def test_room_that_comes_while_it_is_looked_for_is_seen(h: Host) -> None:

@@ -95,7 +95,7 @@ def import_(shop: Workshop, folder: Path, name: str | None, owner: str, progress
         purpose=f"the baseline {label}",
     )
     of_ram = machine if manifest.kind == "ram" else None
-    with making(shop, label, owner, of_ram, room_on_disk=True) as site:
+    with making(shop, label, owner, of_ram) as site:
         _copy_all(folder, manifest, site, progress)
         chain = _relink(site, manifest, machine.image.disk)
         fields: dict[str, Any] = {

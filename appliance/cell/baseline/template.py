@@ -134,12 +134,12 @@ def making(
     cell: str,
     machine: MachineSpec | None = None,
     *,
-    room_on_disk: bool = False,
+    in_use: bool = False,
 ) -> Iterator[Site]:
     """A place to make a baseline in, and its name; unless it was published, nothing of it is left afterwards.
 
-    ``machine`` is the one whose RAM is to be kept. ``room_on_disk`` says that the disk was found to have room
-    for it: how many holes a RAM file will have is known only of one that exists.
+    ``machine`` is the one whose RAM is to be kept. One that is ``in_use`` would be lost if the disk were full
+    midway, so there has to be room for all of it, although its file has holes and mostly takes less.
 
     Raises:
         ConflictError: there is a baseline of that name, or one is being made.
@@ -148,16 +148,16 @@ def making(
     with shop.reserve(name):
         require_none(shop.paths.baselines / name)
         if machine is not None:
-            _require_room_for_ram(shop, name, machine, room_on_disk=room_on_disk)
+            _require_room_for_ram(shop, name, machine, in_use=in_use)
         with _place(shop, name, cell, tmpfs=machine is not None and shop.memory is not None) as site:
             yield site
 
 
-def _require_room_for_ram(shop: Workshop, name: str, machine: MachineSpec, *, room_on_disk: bool) -> None:
+def _require_room_for_ram(shop: Workshop, name: str, machine: MachineSpec, *, in_use: bool) -> None:
     size, purpose = (machine.memory_mib << 20) + _STATE_BYTES, f"the RAM of {name}"
     if shop.memory is not None:
         require_room(shop.memory, memory=size, disk=size, purpose=purpose)
-    elif not room_on_disk:
+    elif in_use:
         require_room(shop.paths.baselines, memory=0, disk=size, purpose=purpose)
 
 
