@@ -85,6 +85,25 @@ def test_another_backing_file_is_noticed(open_cell: OpenCell, baselines: dict[st
     assert {"backing chain", "boot id is the baseline's", "baseline RAM is mapped privately"} <= failed
 
 
+def test_a_guest_that_shows_what_was_recorded_is_noticed(
+    open_cell: OpenCell, baselines: dict[str, RamBaseline]
+) -> None:
+    """All that root in a guest can forge: boot id, nonce, no sentinels. The list of processes, with the times at
+    which they started, and the host's half do not come out right."""
+    machine, expected = open_cell("origin", plug=False).machine("origin"), baselines["target-1"].expected
+    machine.qga.write_file("/run/faked", f"{expected.boot_id}\n".encode())
+    machine.qga.write_file("/run/hotcell-baseline", expected.nonce.encode())
+    boot_id = "/proc/sys/kernel/random/boot_id"
+    assert machine.qga.exec(["/bin/mount", "--bind", "/run/faked", boot_id]).rc == 0
+    sentinels = ["/dev/shm/hotcell-sentinel", "/var/lib/hotcell-sentinel"]
+    assert machine.qga.exec(["/bin/rm", *sentinels]).rc == 0
+    assert failures(machine, expected) == {
+        "backing chain",
+        "baseline RAM is mapped privately",
+        "processes are the baseline's",
+    }
+
+
 def test_a_machine_is_proved_once(open_cell: OpenCell, baselines: dict[str, RamBaseline]) -> None:
     """Nobody waits in it any more to be asked: what ran once is not shown to be clean again."""
     machine = open_cell("origin", plug=False).machine("origin")

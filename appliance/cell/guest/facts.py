@@ -43,7 +43,7 @@ def processes(*, all_of_us: bool) -> list[str]:
         if pid in kernel:
             continue
         name, _, rest = read(f"/proc/{pid}/stat").rpartition(")")
-        fields = rest.split()
+        fields = rest.split(None, 20)
         if not fields:  # it has ended since
             continue
         parents[int(pid)] = int(fields[1])
@@ -74,20 +74,27 @@ def reseed(seed: bytes) -> bool:
 def plant(incarnation: str) -> None:
     """Put the sentinels in place; they are in the files at once, and on the disk itself a little later."""
     for path in (RAM, DISK):
-        with open(path, "w") as f:
-            f.write(incarnation)
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            os.write(file, incarnation.encode())
+        finally:
+            os.close(file)
 
 
-def tell(incarnation: str, now: float, seed: bytes, *, waited: bool) -> str:
-    began = time.monotonic()
-    facts = {
+def look(*, waited: bool) -> dict[str, object]:
+    """What changes nothing."""
+    return {
         "boot_id": read("/proc/sys/kernel/random/boot_id").strip(),
         "nonce": read("/run/hotcell-baseline"),
         "ram_sentinel": read(RAM),
         "disk_sentinel": read(DISK),
         "processes": processes(all_of_us=waited),
-        "reseeded": reseed(seed),
     }
+
+
+def tell(incarnation: str, now: float, seed: bytes, *, waited: bool) -> str:
+    began = time.monotonic()
+    facts = {**look(waited=waited), "reseeded": reseed(seed)}
     # Not before: a leap of days may start what waits for a date, and it would be in the list.
     time.clock_settime(time.CLOCK_REALTIME, now + time.monotonic() - began)
     if incarnation:
@@ -115,6 +122,7 @@ def answer(port: int, text: str) -> None:
 
 def wait() -> None:
     port = os.open(PORT, os.O_RDWR)
+    json.dumps(look(waited=True))  # what answering needs is then in the baseline's memory and caches
     incarnation, now, seed, *stay = asked(port)
     answer(port, tell(incarnation, float(now), bytes.fromhex(seed), waited=True))
     if stay:
