@@ -93,10 +93,15 @@ class StandbyPool:
             return {k: self._missing_because.get(k, "") for k in self._wanted if k not in self._ready}
 
     @property
+    def _wished(self) -> dict[str, Baseline]:
+        """The wishes of who is there."""
+        return {k: b for wishes in self._wishes.values() for k, b in wishes.items()}
+
+    @property
     def _wanted(self) -> dict[str, Baseline]:
         """Everybody's wishes, those of who is there first."""
-        merged = {k: b for wishes in self._wishes.values() for k, b in wishes.items()}
-        return merged | {k: b for k, b in self._parting.items() if k not in merged}
+        wished = self._wished
+        return wished | {k: b for k, b in self._parting.items() if k not in wished}
 
     def keep(self, owner: str, baselines: Iterable[Baseline]) -> None:
         """Have one standby of each of these for ``owner`` from now on, in place of what it wished before.
@@ -206,7 +211,7 @@ class StandbyPool:
 
     def _ask_anew(self) -> None:
         """Not for those who have ended: what they did without is not made in the room that they give back."""
-        wished = {baseline_id for wishes in self._wishes.values() for baseline_id in wishes}
+        wished = self._wished
         self._missing_because = {b: why for b, why in self._missing_because.items() if b not in wished}
         self._asked += 1
 
@@ -305,7 +310,7 @@ class StandbyPool:
     def _give_up_parting(self, baseline: Baseline) -> bool:
         """End what only the last one that ended had wished, if it is in the way; True if anything was."""
         with self._changed:
-            if not any(baseline.id in wishes for wishes in self._wishes.values()):
+            if baseline.id not in self._wished:
                 return False
             self._parting = {}
             surplus = self._take_surplus()

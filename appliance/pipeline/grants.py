@@ -81,9 +81,8 @@ class Grants:
         Raises:
             CapacityError: there is no room now, or never will be.
         """
-        decision, given_up = self.request(cell, need), 0
-        if decision.pressed:
-            given_up = self._standbys.give_up("given up for a cell")
+        decision = self.request(cell, need)
+        given_up = self._standbys.give_up("given up for a cell") if decision.pressed else 0
         if given_up:
             decision = self.request(cell, need)
         if decision.verdict is not Verdict.ADMIT:
