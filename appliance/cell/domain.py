@@ -66,7 +66,7 @@ def domain_xml(spec: DomainSpec) -> str:
     owner.set("machine", machine.name)
     _sub(root, "memory", str(machine.memory_mib), unit="MiB")
     _sub(root, "vcpu", str(machine.vcpus), placement="static")
-    _boot(root, machine)
+    _boot(root, spec)
     _sub(_sub(root, "features"), "acpi")
     _sub(root, "cpu", mode="host-passthrough" if spec.accelerator is Accelerator.KVM else "maximum")
     _sub(root, "clock", offset="utc")
@@ -80,12 +80,14 @@ def domain_xml(spec: DomainSpec) -> str:
     return ET.tostring(root, encoding="unicode")
 
 
-def _boot(root: ET.Element, machine: MachineSpec) -> None:
+def _boot(root: ET.Element, spec: DomainSpec) -> None:
     boot = _sub(root, "os")
     _sub(boot, "type", "hvm", arch="x86_64", machine="q35")
-    _sub(boot, "kernel", str(machine.image.kernel))
-    _sub(boot, "initrd", str(machine.image.initrd))
-    _sub(boot, "cmdline", machine.kernel_args)
+    if spec.incoming:
+        return  # it goes on from a saved state and never boots; kernel and initrd would take 15 MB of its own memory
+    _sub(boot, "kernel", str(spec.machine.image.kernel))
+    _sub(boot, "initrd", str(spec.machine.image.initrd))
+    _sub(boot, "cmdline", spec.machine.kernel_args)
 
 
 def _devices(devices: ET.Element, spec: DomainSpec) -> None:

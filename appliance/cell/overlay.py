@@ -5,14 +5,15 @@ https://www.qemu.org/docs/master/tools/qemu-img.html
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
+from appliance.cell.qcow2 import read_header
 from appliance.errors import LabError
 from appliance.host import command
 
 _LIMIT_S = 30.0
+_MOST_LAYERS = 64
 
 
 def create_overlay(overlay: Path, backing: Path) -> None:
@@ -24,19 +25,19 @@ def create_overlay(overlay: Path, backing: Path) -> None:
 
 
 def backing_chain(overlay: Path) -> tuple[Path, ...]:
-    """The layers from ``overlay`` down, as absolute paths.
+    """The layers from ``overlay`` down, as absolute paths, read from their headers (0.1 ms a layer).
+
+    Not asked of ``qemu-img info``: its start, beside a machine that is being proved, makes a restore 7 ms longer.
 
     Raises:
-        LabError: a layer is missing, or qemu-img's answer is not what it documents.
+        LabError: a layer is missing or is not qcow2, or there are more than 64.
     """
-    # --force-share: the running QEMU holds the write lock of the top layer.
-    done = command.run(
-        ["qemu-img", "info", "--force-share", "--output=json", "--backing-chain", overlay], timeout=_LIMIT_S
-    )
-    try:
-        return tuple(Path(os.path.normpath(layer["filename"])) for layer in json.loads(done.stdout))
-    except (ValueError, KeyError, TypeError) as e:
-        raise LabError(f"qemu-img info of {overlay} is not a chain of layers: {e}") from e
+    chain = [Path(os.path.normpath(overlay))]
+    while (below := read_header(chain[-1]).backing) is not None:
+        if len(chain) == _MOST_LAYERS:
+            raise LabError(f"{overlay} has more than {_MOST_LAYERS} layers below it")
+        chain.append(Path(os.path.normpath(chain[-1].parent / below)))
+    return tuple(chain)
 
 
 def relink(layer: Path, backing: Path) -> None:
