@@ -40,7 +40,14 @@ def arguments() -> argparse.Namespace:
         "--fresh", action="store_true", help="forget earlier results instead of going on from them"
     )
     p.add_argument("--minutes", type=float, default=0, help="stop after the point that passes this time")
-    return p.parse_args()
+    p.add_argument(
+        "--trial-every", type=int, default=1, metavar="N",
+        help="a whole trial has to succeed after every Nth point, after the others a cell and a reset (default 1)",
+    )  # fmt: skip
+    a = p.parse_args()
+    if a.trial_every < 1:
+        p.error(f"--trial-every {a.trial_every}: at least 1")
+    return a
 
 
 def main() -> int:
@@ -62,7 +69,7 @@ def main() -> int:
     done = {r.number for r in results}
     todo = [p for p in points if p.number not in done and (not wanted or p.number in wanted)]
     began = time.monotonic()
-    closing = _run(a.work, todo, results, file, 60 * a.minutes or float("inf"))
+    closing = _run(a.work, todo, results, file, 60 * a.minutes or float("inf"), a.trial_every)
     faults = sum(bool(r.faults) for r in results) + bool(closing)
     report = {
         "seed": a.seed, "kinds": kinds, "count": a.count, "done": len(results), "closing": closing,
@@ -76,7 +83,9 @@ def main() -> int:
     return 1 if faults else 0
 
 
-def _run(work: Path, todo: list[Point], results: list[Result], file: Path, limit_s: float) -> list[str]:
+def _run(
+    work: Path, todo: list[Point], results: list[Result], file: Path, limit_s: float, trial_every: int
+) -> list[str]:
     began = time.monotonic()
 
     def go(points: list[Point], one: Callable[[Point], Result]) -> None:
@@ -94,7 +103,7 @@ def _run(work: Path, todo: list[Point], results: list[Result], file: Path, limit
     disk = LoopDisk(work / "home.img", work / "h")
     disk.mount()
     rig = Rig(default_paths(home=disk.folder).make(), work / "server.log")
-    run = Campaign(rig, disk)
+    run = Campaign(rig, disk, trial_every)
     try:
         rig.clock.unlink(missing_ok=True)
         disk.empty()

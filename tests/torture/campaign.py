@@ -21,7 +21,6 @@ from tests.torture.rig import Rig
 
 # The warden has 10 s to notice a server that hangs; one that is gone it notices at once.
 _CUT_S = 20.0
-_TRIAL_EVERY = 8
 
 
 @dataclass
@@ -49,11 +48,15 @@ class Result:
 
 
 class Campaign:
-    """Runs points on one rig. ``disk`` is the home's own file system, if it has one."""
+    """Runs points on one rig. ``disk`` is the home's own file system, if it has one.
 
-    def __init__(self, rig: Rig, disk: LoopDisk | None) -> None:
+    The next thing after a point is a whole trial at every ``trial_every``-th, else a cell opened and reset.
+    """
+
+    def __init__(self, rig: Rig, disk: LoopDisk | None, trial_every: int = 1) -> None:
         self.rig = rig
         self.disk = disk
+        self.trial_every = trial_every
         self.created: set[str] = set()
         self.verified: set[str] = set()
 
@@ -71,7 +74,7 @@ class Campaign:
             self._strike(point, result)
             result.faults += self._recover(point)
             result.faults += checks.after_point(self.rig, self.created, self.verified)
-            result.faults += checks.works(self.rig, with_trial=point.number % _TRIAL_EVERY == 0)
+            result.faults += checks.works(self.rig, with_trial=point.number % self.trial_every == 0)
             result.outcome = self._outcome(result.trial)
         except Exception as e:  # noqa: BLE001 - whatever it is, it is what this point found
             result.faults.append(f"{type(e).__name__}: {e}")

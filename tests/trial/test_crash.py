@@ -76,7 +76,7 @@ def points() -> list[Point]:
 
 
 def test_a_few_points_of_the_campaign(rig: Rig) -> None:
-    run = Campaign(rig, disk=None)
+    run = Campaign(rig, disk=None, trial_every=8)
     assert run.prepare() == []
     results = [run.run(point) for point in points()]
     told = "\n".join(r.line for r in results)
