@@ -109,7 +109,7 @@ class Incarnation:
 
     def plug(self) -> None:
         """Join the cell's segment."""
-        netlink.plug(self.spec.tap, self.spec.bridge)
+        netlink.plug(self.spec.tap, self.spec.bridge, self.spec.machine.mac)
         self.plugged = True
 
     def unplug(self) -> None:

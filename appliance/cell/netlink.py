@@ -25,6 +25,8 @@ _CLONE_NEWNET = 0x40000000
 _TUNSETIFF, _IFF_TAP, _IFF_NO_PI = 0x400454CA, 0x0002, 0x1000
 _held: dict[str, int] = {}
 _BRIDGE_MAC = "02:68:63:00:00:01"
+# linux/neighbour.h: an entry that nobody learned and that does not age, in the bridge's own table
+_NUD_NOARP, _NTF_MASTER = 0x40, 0x04
 
 
 class Link(NamedTuple):
@@ -123,7 +125,28 @@ def create_bridge(name: str, anchor: str) -> None:
         _without_ipv6(anchor)
         # One frame of queue: what is flooded to it is dropped, not kept.
         ip.link("set", index=_index(ip, anchor), master=_index(ip, name), txqlen=1)
+        _lock(ip, _index(ip, anchor))
+        _require_locked(ip, _index(ip, anchor))
         ip.link("set", index=_index(ip, anchor), state="up")
+
+
+def _lock(ip: Any, port: int) -> None:
+    """The bridge takes a frame from this port only if its sender's address was entered for it by :func:`plug`.
+
+    A guest with root can send under any address; what it cannot do is have such a frame arrive anywhere. So the
+    hardware address of every frame on a segment names its machine. See ``locked`` in bridge(8).
+    """
+    ip.brport("set", index=port, locked=1, learning=0)
+
+
+def _require_locked(ip: Any, port: int) -> None:
+    """A kernel that does not know the attribute ignores it."""
+    (link,) = ip.get_links(port)
+    if link.get_nested("IFLA_LINKINFO", "IFLA_INFO_SLAVE_DATA", "IFLA_BRPORT_LOCKED") != 1:
+        raise LabError(
+            "this kernel cannot lock a bridge's ports, so machines could send under each other's address",
+            hint="Linux 5.18 or newer is needed; Debian 12 has 6.1",
+        )
 
 
 def _hold_tap(name: str) -> None:
@@ -180,15 +203,20 @@ def unplug(tap: str) -> None:
                 raise
 
 
-def plug(tap: str, bridge: str) -> None:
-    """Join a machine's tap to its cell's bridge.
+def plug(tap: str, bridge: str, mac: str) -> None:
+    """Join a machine's tap to its cell's bridge, which takes frames of this hardware address from it and no other.
 
     Raises:
         LabError: the tap or the bridge does not exist.
     """
     with _route(f"plug {tap} into {bridge}") as ip:
         _without_ipv6(tap)
-        ip.link("set", index=_index(ip, tap), master=_index(ip, bridge), state="up")
+        port = _index(ip, tap)
+        # It comes up last: until then no frame passes, and from then on none of another's.
+        ip.link("set", index=port, master=_index(ip, bridge), state="down")
+        _lock(ip, port)
+        ip.fdb("replace", ifindex=port, lladdr=mac, state=_NUD_NOARP, flags=_NTF_MASTER)
+        ip.link("set", index=port, state="up")
 
 
 def _find(ip: Any, name: str) -> int | None:

@@ -1,7 +1,7 @@
 """Who talked to whom, from a capture file. Written for packets that a hostile guest made.
 
 A packet belongs to a machine if its source or destination has the machine's hardware address or its
-address: hardware addresses are set by us, and a guest's user without root can change neither.
+address: a machine can send under no hardware address but the one we gave it (``cell/netlink.py``).
 Byte counts are lengths on the wire; the payload of TCP and UDP is computed from the headers' lengths,
 since the capture holds only the first bytes of a packet. What lies behind the length that a header admits
 to is payload too.

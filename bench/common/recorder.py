@@ -101,9 +101,9 @@ def plugs_noted(door: RecordingLibvirt) -> Iterator[None]:
     """Note every plugging too, for the length of the block."""
     original = netlink.plug
 
-    def plug(tap: str, bridge: str) -> None:
+    def plug(tap: str, bridge: str, mac: str) -> None:
         with door.noted("plug", tap, bridge):
-            original(tap, bridge)
+            original(tap, bridge, mac)
 
     netlink.plug = plug
     try:

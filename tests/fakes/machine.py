@@ -414,7 +414,7 @@ class FakeNet:
         self.plugged.pop(name, None)
         return self.links.pop(name, None) is not None
 
-    def plug(self, tap: str, bridge: str) -> None:
+    def plug(self, tap: str, bridge: str, mac: str) -> None:
         self._do("plug", tap)
         self.links[tap] = "tun"
         self.plugged[tap] = bridge

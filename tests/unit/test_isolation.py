@@ -305,7 +305,7 @@ def test_an_empty_namespace_is_sealed_and_a_bridge_of_ours_keeps_it_so() -> None
     assert all(f.passed for f in namespace_facts(netlink.view(), set(), set()))
     netlink.create_bridge("hcb1", "hca1")
     add_tap("hct1")
-    netlink.plug("hct1", "hcb1")
+    netlink.plug("hct1", "hcb1", "52:54:00:77:00:0b")
     known = {"hcb1"}, {"hct1", "hca1"}
     assert [f for f in namespace_facts(netlink.view(), *known) if not f.passed] == []
     assert not all(f.passed for f in namespace_facts(netlink.view(), set(), set()))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import resource
+import select
 import socket
+import struct
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,9 @@ from pyroute2 import IPRoute
 from appliance.cell import netlink
 from appliance.errors import LabError
 from tests.fakes.namespace import add_tap, in_namespace, master_of
+
+MAC, PEER = "52:54:00:77:00:0b", "52:54:00:77:00:15"
+EVERYBODY = "ff:ff:ff:ff:ff:ff"
 
 
 def flags_of(name: str) -> set[str]:
@@ -43,7 +49,7 @@ def test_plug_and_unplug_move_a_tap_on_and_off_its_bridge() -> None:
     netlink.create_bridge("hcb1", "hca1")
     add_tap("hct1")
     for _ in range(2):
-        netlink.plug("hct1", "hcb1")
+        netlink.plug("hct1", "hcb1", MAC)
         assert (master_of("hct1"), flags_of("hct1")) == ("hcb1", {"up"})
     for _ in range(2):
         netlink.unplug("hct1")
@@ -52,12 +58,73 @@ def test_plug_and_unplug_move_a_tap_on_and_off_its_bridge() -> None:
     assert netlink.view().addresses == (), "no IPv6 of ours on any port"
 
 
+class Guest:
+    """A tap with somebody at its other end, who sends whatever he likes."""
+
+    def __init__(self, tap: str) -> None:
+        self._fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+        fcntl.ioctl(self._fd, netlink._TUNSETIFF, struct.pack("16sH22x", tap.encode(), 0x1002))
+
+    def send(self, src: str, dst: str, note: bytes) -> None:
+        os.write(self._fd, raw(dst) + raw(src) + b"\x88\xb5" + note.ljust(50, b"\0"))
+
+    def heard(self) -> list[bytes]:
+        """Notes that came since it was asked last; a bridge delivers within the sender's own call."""
+        notes = []
+        while select.select([self._fd], [], [], 0.05)[0]:
+            frame = os.read(self._fd, 2000)
+            if frame[12:14] == b"\x88\xb5":  # not what a kernel says by itself
+                notes.append(frame[14:].rstrip(b"\0"))
+        return notes
+
+
+def raw(mac: str) -> bytes:
+    return bytes.fromhex(mac.replace(":", ""))
+
+
+@in_namespace
+def test_a_machine_can_send_under_no_address_but_its_own() -> None:
+    netlink.create_bridge("hcb1", "hca1")
+    origin, target = Guest("hct1"), Guest("hct2")
+    netlink.plug("hct1", "hcb1", MAC)
+    netlink.plug("hct2", "hcb1", PEER)
+    for dst in (PEER, EVERYBODY, "01:80:c2:00:00:00", "33:33:00:00:00:01"):
+        origin.send(MAC, dst, b"own")
+        origin.send("52:54:00:77:00:aa", dst, b"made up")
+        origin.send(PEER, dst, b"the receiver's")
+        origin.send(netlink._BRIDGE_MAC, dst, b"the bridge's")
+        assert target.heard() == [b"own"], dst
+    netlink.unplug("hct1")
+    netlink.plug("hct1", "hcb1", MAC)
+    origin.send(MAC, PEER, b"again")
+    assert target.heard() == [b"again"]
+
+
+@in_namespace
+def test_a_machine_cannot_take_the_place_of_another_on_its_segment() -> None:
+    """No address is learned: frames for a machine go on going there, whoever sends under its name."""
+    netlink.create_bridge("hcb1", "hca1")
+    origin, target, other = Guest("hct1"), Guest("hct2"), Guest("hct3")
+    for tap, mac in (("hct1", MAC), ("hct2", PEER), ("hct3", "52:54:00:77:00:16")):
+        netlink.plug(tap, "hcb1", mac)
+    other.send(PEER, EVERYBODY, b"I am the target")
+    origin.send(MAC, PEER, b"secret")
+    assert (target.heard(), other.heard()) == ([b"secret"], [])
+
+
+@in_namespace
+def test_a_kernel_that_cannot_lock_a_port_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(netlink, "_lock", lambda _ip, _port: None)  # as one that ignores the attribute
+    with pytest.raises(LabError, match="cannot lock"):
+        netlink.create_bridge("hcb1", "hca1")
+
+
 @in_namespace
 def test_plugging_what_is_not_there_is_an_error() -> None:
     add_tap("hct1")
     for tap, bridge in (("hct1", "hcbgone"), ("hctgone", "hcbgone")):
         with pytest.raises(LabError, match="gone"):
-            netlink.plug(tap, bridge)
+            netlink.plug(tap, bridge, MAC)
 
 
 @in_namespace
@@ -109,7 +176,7 @@ def test_two_cells_have_each_their_own_segment() -> None:
     for n in (1, 2):
         netlink.create_bridge(f"hcb{n}", f"hca{n}")
         add_tap(f"hct{n}")
-        netlink.plug(f"hct{n}", f"hcb{n}")
+        netlink.plug(f"hct{n}", f"hcb{n}", MAC)
     assert (master_of("hct1"), master_of("hct2")) == ("hcb1", "hcb2")
 
 

@@ -115,13 +115,13 @@ def test_links_are_cut_and_machines_killed(tmp_path: Path) -> None:
         ledger.enter(Kind.BRIDGE, "hcb1", "c1")
         for domain, tap in zip(DOMAINS, ("hct1", "hct2"), strict=True):
             add_tap(tap)
-            netlink.plug(tap, "hcb1")
+            netlink.plug(tap, "hcb1", "52:54:00:77:00:0b")
             assert master_of(tap) == "hcb1"
             home.qemu(domain)
             ledger.enter(Kind.TAP, tap, "c1")
             ledger.enter(Kind.DOMAIN, domain, "c1")
         add_tap("other")
-        netlink.plug("other", "hcb1")
+        netlink.plug("other", "hcb1", "52:54:00:77:00:15")
         report = cut(home.paths, "a test")
         assert (report["links_cut"], report["machines_killed"], report["failures"]) == (2, 2, [])
         assert report["reason"] == "a test"

@@ -97,3 +97,33 @@ def test_a_host_address_on_the_bridge_is_found(open_cell: OpenCell, sealed: int)
         require_sealed(examine(list(cell.machines.values()), *links_of(cell), sealed))
     leaked = {r.name for r in paths_from_all(list(cell.machines.values())) if r.outcome == "leaked"}
     assert "strangers on the segment, arp" in leaked
+
+
+# As root in a guest: a connection to a peer under each of these hardware addresses.
+_UNDER_ADDRESSES = """
+import socket, subprocess, sys
+peer, *addresses = sys.argv[1:]
+for address in addresses:
+    subprocess.run(["ip", "link", "set", "eth0", "address", address], check=True)
+    subprocess.run(["ip", "neigh", "flush", "dev", "eth0"], check=True)
+    try:
+        socket.create_connection((peer, 22), 6).close()
+        print("open")
+    except TimeoutError:
+        print("timeout")
+    except OSError as e:
+        print(e)
+"""
+
+
+def test_what_a_machine_sends_under_another_address_arrives_nowhere(open_cell: OpenCell) -> None:
+    """Neither under one that is made up nor under its peer's, each between two twins under its own."""
+    cell = open_cell("origin", "target-1")
+    origin, target = (cell.machine(n) for n in ("origin", "target-1"))
+    own, peer = origin.spec.machine.mac, target.spec.machine
+    done = origin.qga.python(
+        _UNDER_ADDRESSES, peer.address, own, "52:54:00:77:00:aa", own, peer.mac, own, timeout_s=90
+    )
+    said = done.text.split("\n")[:5]
+    assert [said[0], said[2], said[4]] == ["open"] * 3, said
+    assert "open" not in (said[1], said[3]), said
