@@ -71,6 +71,7 @@ class Stopped(StrEnum):
     TIME_LIMIT = "time-limit"
     STEP_LIMIT = "step-limit"
     DISK_LIMIT = "disk-limit"
+    TRAFFIC_LIMIT = "traffic-limit"  # it sent more packets than a capture is to hold
     ABORTED = "aborted"
 
 

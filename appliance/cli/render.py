@@ -28,6 +28,7 @@ _LINES = {
     "stopping": "stopping: {reason}",
     "stopped": "the subject's run is over",
     "disk-held": "{machine} is cut and paused: it wrote {written} bytes of {limit}",
+    "traffic-held": "every link is cut: the subject sent more packets than the capture is to hold",
     "origin-frozen": "the origin is unplugged and {state}",
     "probe": "probe {phase} of {machine}: model {model}, agent {agent} ({seconds} s)",
     "collected": "evidence collected",

@@ -120,12 +120,17 @@ class TrialGuard:
     """Guards a trial from its capture's start on: the capture first, the disks too from the run on.
 
     A capture with a problem cuts the cell for good and stops the trial, which is then void: what a subject
-    does unrecorded cannot be scored. A machine beyond its disk limit is cut and paused, and the trial goes on
-    and counts: that is the subject's doing. (Within the run it ends the run too, see ``watch``.)
+    does unrecorded cannot be scored. One that is full cuts every link while all before is recorded, and a machine
+    beyond its disk limit is cut and paused; then the trial goes on and counts: that is the subject's doing.
+    (Within the run both end the run too, see ``watch``; of a full capture ``on_full`` tells.)
     """
 
-    def __init__(self, cell: Cell, disk_mb: int, journal: Journal, stop: StopFlag) -> None:
+    def __init__(
+        self, cell: Cell, disk_mb: int, journal: Journal, stop: StopFlag, on_full: Callable[[], None]
+    ) -> None:
         self.notes: list[str] = []
+        self._on_full = on_full
+        self._full = False
         self._cell = cell
         self._journal = journal
         self._stop = stop
@@ -170,6 +175,12 @@ class TrialGuard:
             self._capture = None  # told once
             self._stop.set(f"the capture failed while it was needed: {printable(problem, 300)}", failure=True)
             self._cell.condemn()
+        elif self._capture is not None and not self._full and self._capture.full():
+            self._full = True
+            self._cell.cut()
+            self.notes.append("every link was cut: the capture held as many packets as it is to hold")
+            self._journal.write("traffic-held")
+            self._on_full()
 
     def _look_at_disks(self) -> None:
         for machine, written in self._disks.look(list(self._cell.machines.values())):

@@ -27,6 +27,9 @@ class Capture(Protocol):
     def problem(self) -> str:
         """Empty while it runs well; else why it cannot be believed. Cheap: asked several times a second."""
 
+    def full(self) -> bool:
+        """Whether the segment has to be cut, or it would soon outgrow what it may hold. Cheap as well."""
+
     def finish(self) -> CaptureHealth:
         """Show that it still sees frames, end it, count what was lost."""
 

@@ -63,7 +63,9 @@ class TrialRun:
         self._stream: EventStream | None = None
         self._capture: Capture | None = None
         self._questioning = Questioning(plan, setting.cell, setting.evidence, setting.stop)
-        self._guard = TrialGuard(setting.cell, plan.header.limits.disk_mb, self._journal, setting.stop)
+        self._guard = TrialGuard(
+            setting.cell, plan.header.limits.disk_mb, self._journal, setting.stop, self._progress.on_cut_off
+        )
 
     @property
     def _cell(self) -> Cell:
@@ -210,6 +212,7 @@ class TrialRun:
         self._enter(TrialState.COLLECTING)
         if self._capture is None:
             raise LabError("the capture is gone before it was finished")
+        self._cell.cut()  # first: what machines do unrecorded cannot be scored
         self._guard.release_capture()
         health = self._capture.finish()
         self._capture = None
@@ -232,7 +235,6 @@ class TrialRun:
 
     def _inspect(self, target: Incarnation) -> DiskFinding:
         flushed = _flush(target)
-        target.unplug()
         with suppress(LabError):
             target.pause()
         return self._s.evidence.inspect_disk(

@@ -28,12 +28,16 @@ _MB = 1_000_000
 
 @dataclass
 class Progress:
-    """What the event stream claimed so far; written by the reader's thread, read by the watcher."""
+    """What the event stream claimed so far; written by the reader's thread, read by the watcher.
+
+    ``cut_off`` is the guard's word: the subject's traffic reached its limit.
+    """
 
     steps: int = 0
     format_errors: int = 0
     finish_claimed: bool = False
     ended: bool = False
+    cut_off: bool = False
     tampering: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -44,6 +48,11 @@ class Progress:
             self.format_errors += event.kind is Kind.FORMAT_ERROR
             self.finish_claimed |= event.kind is Kind.FINISH
             self.ended |= event.kind is Kind.END
+
+    def on_cut_off(self) -> None:
+        """The subject sent all that it may."""
+        with self.lock:
+            self.cut_off = True
 
     def on_tamper(self, what: str) -> None:
         """Note a line that no honest agent sends."""
@@ -58,12 +67,14 @@ def decide(
     with progress.lock:
         if progress.ended:
             return Stopped.FINISHED if progress.finish_claimed else Stopped.AGENT_EXITED
-        steps = progress.steps
+        steps, cut_off = progress.steps, progress.cut_off
     beyond = grown > limits.disk_mb * _MB
     if origin is DomainState.PAUSED and beyond:
         return Stopped.DISK_LIMIT  # paused by the guard, which holds a machine at its limit
     if origin is not DomainState.RUNNING:
         return Stopped.MACHINE_DOWN
+    if cut_off:
+        return Stopped.TRAFFIC_LIMIT
     if elapsed_s >= limits.wall_s:
         return Stopped.TIME_LIMIT
     if steps > limits.steps:

@@ -45,10 +45,14 @@ class FakeCapture:
         self.finished = 0
         self.abandoned = 0
         self.trouble = ""
+        self.is_full = False
         self._healthy = healthy
 
     def problem(self) -> str:
         return "tcpdump ended early" if self.finished + self.abandoned else self.trouble
+
+    def full(self) -> bool:
+        return self.is_full
 
     def finish(self) -> CaptureHealth:
         self.finished += 1

@@ -8,6 +8,7 @@ import pytest
 
 from appliance.cell.libvirt_door import DomainState
 from appliance.errors import ConflictError, NotFoundError
+from appliance.evidence import capture
 from appliance.host.clock import wait_until
 from appliance.model import Stopped, TrialState
 from appliance.pipeline.lab import Lab
@@ -54,6 +55,27 @@ def test_a_disk_that_fills_is_stopped_at_the_limit(lab: Lab) -> None:
     ran = finish(lab, trial)
     assert ran.view.state is TrialState.SEALED, ran.view.reason
     assert ran.view.stopped is Stopped.DISK_LIMIT
+
+
+_FLOOD = """
+import socket
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+while True:
+    s.sendto(b"x" * 200, ("10.77.0.21", 9))
+"""
+
+
+def test_a_flood_ends_the_run_and_hides_nothing(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = start_idle(lab)
+    monkeypatch.setattr(
+        capture, "_FULL_AT", 0.002
+    )  # 5,000 packets: under emulation the real limit takes minutes
+    lab._cells[trial].machine("origin").qga.start(["/usr/bin/python3", "-c", _FLOOD])
+    ran = finish(lab, trial)
+    assert ran.view.state is TrialState.SEALED, ran.view.reason
+    assert ran.view.stopped is Stopped.TRAFFIC_LIMIT
+    assert ran.card is not None
+    assert ran.card.rungs[1].passed, ran.card.rungs[1].finding
 
 
 def test_a_request_sent_twice_is_one_trial(lab: Lab) -> None:

@@ -25,7 +25,7 @@ from appliance.errors import (
 from appliance.model import Stopped, TrialState
 from appliance.trial import questioning, records, watch
 from appliance.trial.probing import probe
-from appliance.trial.records import Ending, PathCheck, Probe, Reference, ResetProof
+from appliance.trial.records import CaptureHealth, Ending, PathCheck, Probe, Reference, ResetProof
 from appliance.trial.runner import TrialRun
 from appliance.trial.stop import TrialAborted
 from tests.fakes.evidence import FakeCapture
@@ -345,6 +345,35 @@ def test_a_dead_capture_cuts_the_cell_while_a_guest_holds_the_runner_up(
     with pytest.raises(TrialAborted, match="capture failed"):
         s.run()
     assert cut == [True]
+
+
+def test_a_capture_that_is_full_cuts_the_cell_and_the_trial_counts(s: Stage) -> None:
+    """A subject that floods its segment ends its own run, and nothing of what it did before is lost."""
+    s.talk = [event_line("start")]
+
+    def fill() -> None:
+        s.evidence.capture.is_full = True
+
+    s.on_state[TrialState.RUNNING] = fill
+    s.run()
+    assert ending(s).stopped is Stopped.TRAFFIC_LIMIT
+    assert any("every link was cut" in note for note in ending(s).notes)
+    assert s.evidence.journal.events.count("traffic-held") == 1
+    assert s.evidence.capture.finished == 1
+    assert not s.stop.failure
+    assert s.host.left == []
+
+
+def test_every_link_is_cut_before_the_capture_ends(s: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugged, finish = list[list[str]](), s.evidence.capture.finish
+
+    def look() -> CaptureHealth:
+        plugged.append([m.name for m in s.cell.machines.values() if m.plugged])
+        return finish()
+
+    monkeypatch.setattr(s.evidence.capture, "finish", look)
+    s.run()
+    assert plugged == [[]]
 
 
 def test_a_guard_that_fails_stops_the_trial(s: Stage, monkeypatch: pytest.MonkeyPatch) -> None:

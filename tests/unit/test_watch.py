@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from typing import Literal
 
 import pytest
 
@@ -27,10 +28,13 @@ def event(kind: Kind, step: int = 0) -> Event:
     return Event(v=1, kind=kind, step=step, text="", data={})
 
 
-def progress(*events: Event) -> Progress:
+def progress(*events: Event | Literal["cut"]) -> Progress:
     made = Progress()
     for e in events:
-        made.on_event(e)
+        if e == "cut":
+            made.on_cut_off()
+        else:
+            made.on_event(e)
     return made
 
 
@@ -50,6 +54,11 @@ END, FINISH = event(Kind.END), event(Kind.FINISH)
         ((), 0, 0, GONE, Stopped.MACHINE_DOWN),
         ((), 0, 0, PAUSED, Stopped.MACHINE_DOWN),
         ((), 0, 0, STOPPING, Stopped.MACHINE_DOWN),
+        # the guard's word, once the traffic reached its limit
+        (("cut",), 0, 0, RUNNING, Stopped.TRAFFIC_LIMIT),
+        (("cut", event(Kind.ACTION, 9)), 200, 99_000_000, RUNNING, Stopped.TRAFFIC_LIMIT),
+        (("cut", FINISH, END), 0, 0, RUNNING, Stopped.FINISHED),
+        (("cut",), 0, 0, GONE, Stopped.MACHINE_DOWN),
         # the agent's word ends a run, with or without its claim
         ((FINISH, END), 0, 0, RUNNING, Stopped.FINISHED),
         ((END,), 0, 0, RUNNING, Stopped.AGENT_EXITED),
@@ -64,7 +73,11 @@ END, FINISH = event(Kind.END), event(Kind.FINISH)
     ],
 )
 def test_the_table(
-    events: tuple[Event, ...], elapsed: float, grown: int, state: DomainState, expected: Stopped | None
+    events: tuple[Event | Literal["cut"], ...],
+    elapsed: float,
+    grown: int,
+    state: DomainState,
+    expected: Stopped | None,
 ) -> None:
     assert decide(progress(*events), LIMITS, elapsed, grown, state) is expected
 

@@ -23,6 +23,7 @@ from appliance.errors import CaptureError
 from appliance.evidence import flows
 from appliance.evidence.capture import KNOWN_ETHERTYPE, Capture
 from appliance.host import command
+from appliance.host.clock import wait_until
 from tests.fakes.namespace import in_child, leave
 
 pytestmark = [
@@ -165,6 +166,19 @@ def test_a_flood_ends_the_capture_and_does_not_fill_the_disk(tmp_path: Path) -> 
     assert not health.healthy
     (traffic,) = flows.read(pcap, [EVER], [ONE, TWO])
     assert traffic.packets > 500
+
+
+@on_a_bridge
+def test_a_capture_that_is_full_is_still_whole(tmp_path: Path) -> None:
+    """There is room left for the moment in which the segment is cut, so what came before can be believed."""
+    with capture("br0", tmp_path / "segment.pcap", max_bytes=400_000) as c:
+        c.start()
+        send("one", "two", 500, size=300)
+        assert not c.full()
+        send("one", "two", 600, size=300)
+        wait_until(c.full, 5, "the capture to be full")
+        assert c.problem() == ""
+        assert c.finish().healthy
 
 
 @on_a_bridge
