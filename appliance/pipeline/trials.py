@@ -125,7 +125,7 @@ class TrialDesk:
         try:
             how()
         except Exception as e:  # noqa: BLE001 - one broken trial must not take the desk from all others
-            hint = "a defect of Hotcell; the next start seals what there is"
+            hint = "a defect of Hotcell; the next start seals and indexes what there is"
             with suppress(HotcellError):
                 put_void(self._bench, plan.id, f"{type(e).__name__}: {e}", hint)
 
