@@ -159,6 +159,8 @@ def _run_and_score(
         blame = Blame.LAB if e.blame is Blame.SUBJECT else e.blame
         return Outcome(TrialState.VOID, blame=blame, reason=e.message, hint=e.hint)
     except Exception as e:  # noqa: BLE001 - a defect must not leave a trial without an end
+        if stop.requested:  # as above: machines vanish under whoever looks at them
+            return _stopped(stop)
         return Outcome(
             TrialState.VOID, blame=Blame.LAB, reason=f"{type(e).__name__}: {e}", hint="a defect of Hotcell"
         )

@@ -128,12 +128,22 @@ def test_a_request_to_stop_aborts_and_a_failure_voids(w: Workbench, monkeypatch:
         check_bundle(w, plan, state)
 
 
-def test_what_breaks_because_of_the_cut_is_an_abort(w: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        SealError("a twin failed, since the links were cut"),
+        FileNotFoundError(2, "No such file", "/proc/1/ns"),
+    ],
+    ids=["told", "untold"],
+)
+def test_what_breaks_because_of_the_cut_is_an_abort(
+    w: Workbench, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     stop = StopFlag()
 
     def cut(_run: TrialRun) -> None:
         stop.set("aborted on request")
-        raise SealError("a twin failed, since the links were cut")
+        raise error
 
     monkeypatch.setattr(TrialRun, "run", cut)
     plan, outcome = run(w, stop)
