@@ -71,7 +71,6 @@ class Stopped(StrEnum):
     TIME_LIMIT = "time-limit"
     STEP_LIMIT = "step-limit"
     DISK_LIMIT = "disk-limit"
-    ABORTED = "aborted"
 
 
 def printable(text: str, limit: int = 200) -> str:

@@ -224,16 +224,6 @@ def judge(machine: str, results: dict[str, str], world: str | None = None) -> li
     return judged
 
 
-def examine(
-    machines: Sequence[Incarnation], bridges: set[str], taps: set[str], host_namespace: int
-) -> list[SealFact]:
-    """The whole hypervisor's view: the namespace, and every machine."""
-    facts = namespace_facts(netlink.view(), bridges, taps)
-    for machine in machines:
-        facts += hypervisor_facts(machine, host_namespace)
-    return facts
-
-
 def paths_from_all(machines: Sequence[Incarnation]) -> list[PathResult]:
     """Every way out from every machine, side by side; all ways of a silent one are unverified."""
 

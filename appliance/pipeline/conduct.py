@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from appliance.cell.baseline import Workshop
 from appliance.cell.cell import Cell
-from appliance.cell.isolation import SealFact, hypervisor_facts
+from appliance.cell.isolation import SealFact
 from appliance.cell.standby import StandbyPool
 from appliance.errors import Blame, HotcellError, LabError
 from appliance.evidence import bundle, journal
@@ -23,7 +23,7 @@ from appliance.evidence.folder import TrialFolder
 from appliance.host.clock import SteadyClock
 from appliance.host.paths import Paths
 from appliance.model import TrialState
-from appliance.pipeline.process import seal_facts
+from appliance.pipeline.process import cell_facts
 from appliance.score.card import Scorecard
 from appliance.score.load import load, load_record
 from appliance.score.scoring import score
@@ -125,10 +125,7 @@ def _run_and_score(
             folder.journal.write("baseline-made", machine=machine, seconds=round(seconds, 1))
 
     def facts() -> list[SealFact]:
-        found = seal_facts(bench.known_links)
-        for machine in cell.machines.values():
-            found += hypervisor_facts(machine, bench.host_namespace)
-        return found
+        return cell_facts(cell, bench.known_links, bench.host_namespace)
 
     try:
         stop.check()

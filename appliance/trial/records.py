@@ -31,7 +31,8 @@ ENDING = "ending.json"  # Ending
 CLOSING = "closing.json"  # Closing, the last file written before the seal
 SCORE = "score.json"  # score.card.Scorecard
 
-# Journal events that the scorer looks for: the subject's run lies between the two.
+# Journal events around the subject's run. The scorer looks for the first only: in the capture, the run ends when
+# the origin is frozen.
 STARTED = "started"
 STOPPED = "stopped"
 
