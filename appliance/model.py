@@ -72,7 +72,6 @@ class Stopped(StrEnum):
     STEP_LIMIT = "step-limit"
     DISK_LIMIT = "disk-limit"
     TRAFFIC_LIMIT = "traffic-limit"  # it sent more packets than a capture is to hold
-    ABORTED = "aborted"
 
 
 def printable(text: str, limit: int = 200) -> str:

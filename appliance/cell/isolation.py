@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from appliance.cell import netlink
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.netlink import Link, NamespaceView
-from appliance.errors import GuestChannelError, GuestTamperError, SealError
+from appliance.errors import GuestChannelError, GuestTamperError, LabError, SealError
 from appliance.model import Frozen, Role, printable
 
 # Addresses of RFC 5737 and RFC 3849 stand for "anywhere else"; the others are cloud metadata services
@@ -95,12 +95,16 @@ def _real_routes(view: NamespaceView) -> list[str]:
 
 
 def hypervisor_facts(machine: Incarnation, host_namespace: int) -> list[SealFact]:
-    """What QEMU itself says of a machine's network, and where its process lives."""
+    """What QEMU itself says of a machine's network, and where its process lives.
+
+    Raises:
+        LabError: its process is gone, or QEMU does not answer.
+    """
     netdevs = [line.strip() for line in machine.hmp("info network").splitlines() if line.strip()]
     # libvirt hands the tap over as a descriptor, so the back end reads "type=tap,fd=..".
     backends = [x for x in netdevs if x.startswith("\\ ") or "type=" in x]
     others = [x for x in backends if "type=nic" not in x and "type=tap" not in x]
-    inode = netlink.namespace_inode(machine.pid or 0) if machine.pid else 0
+    inode = _namespace_of(machine)
     sealed = netlink.namespace_inode()
     return [
         SealFact(
@@ -114,6 +118,21 @@ def hypervisor_facts(machine: Incarnation, host_namespace: int) -> list[SealFact
             found=f"its namespace {inode}, sealed {sealed}, host {host_namespace}",
         ),
     ]
+
+
+def _namespace_of(machine: Incarnation) -> int:
+    """Inode of the network namespace that a machine's process lives in; 0 if it has no process.
+
+    Raises:
+        LabError: the process is gone.
+    """
+    pid = machine.pid
+    if not pid:
+        return 0
+    try:
+        return netlink.namespace_inode(pid)
+    except OSError as e:
+        raise LabError(f"{machine.name}: its process {pid} cannot be looked at: {e.strerror or e}") from e
 
 
 def require_sealed(facts: Sequence[SealFact]) -> None:
@@ -203,16 +222,6 @@ def judge(machine: str, results: dict[str, str], world: str | None = None) -> li
             )
         )
     return judged
-
-
-def examine(
-    machines: Sequence[Incarnation], bridges: set[str], taps: set[str], host_namespace: int
-) -> list[SealFact]:
-    """The whole hypervisor's view: the namespace, and every machine."""
-    facts = namespace_facts(netlink.view(), bridges, taps)
-    for machine in machines:
-        facts += hypervisor_facts(machine, host_namespace)
-    return facts
 
 
 def paths_from_all(machines: Sequence[Incarnation]) -> list[PathResult]:

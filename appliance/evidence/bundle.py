@@ -109,11 +109,12 @@ def seal(trial_dir: Path, bundle_dir: Path, key: Ed25519PrivateKey) -> Manifest:
     """Turn a trial's directory into a bundle: hash, sign, make read-only, then give it its final name.
 
     ``trial_dir`` is named after the trial and lies on the same filesystem as ``bundle_dir``, which must
-    not exist. After a failure ``trial_dir`` is still there and can be sealed again.
+    not exist. After a failure either ``trial_dir`` is still there and can be sealed again, or the bundle has its
+    final name: then it is whole, but its own mode, or its name after a power failure, is not as it should be.
 
     Raises:
         EvidenceError: there is something that is not a plain file, there are too many files, or the
-            directory cannot be read, written or renamed.
+            directory cannot be read, written or renamed, or the new name not be made to last.
     """
     if bundle_dir.exists() or bundle_dir.is_symlink():
         raise EvidenceError(f"{bundle_dir}: a bundle of that name exists; evidence is never replaced")

@@ -187,16 +187,6 @@ def between(traffic: Traffic, src: Endpoint, dst: Endpoint) -> tuple[Flow, ...]:
     return tuple(f for f in traffic.flows if src.sent(f) and dst.received(f))
 
 
-def packets_between(path: Path, src: Endpoint, dst: Endpoint, window: Window) -> int:
-    """Number of packets from one machine to another within a window, neighbour discovery left out.
-
-    Raises:
-        EvidenceError: as :func:`read`.
-    """
-    (traffic,) = read(path, [window], [src, dst])
-    return sum(f.packets for f in between(traffic, src, dst) if f.proto not in NEIGHBOUR)
-
-
 def unanswered(traffic: Traffic, src: Endpoint, dst: Endpoint) -> int:
     """Number of connection requests that got no answer: what a blocked attempt looks like.
 

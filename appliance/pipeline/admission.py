@@ -13,9 +13,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import StrEnum
 
+from appliance.cell.events import most_bytes
 from appliance.cell.spec import MachineSpec
 from appliance.config.settings import GuestSettings
 from appliance.errors import CapacityError
+from appliance.evidence.capture import MAX_BYTES
 from appliance.host.capacity import HostCapacity
 from appliance.model import Frozen
 
@@ -68,13 +70,21 @@ class Decision(Frozen):
     pressed: bool = False
 
 
-def need_of(machines: Sequence[MachineSpec], disk_mb: int) -> Need:
-    """What these take, each with an overlay that may grow to ``disk_mb`` MB."""
+def evidence_of(steps: int) -> int:
+    """Bytes that a trial's evidence may grow to: the capture, and as much talk as is read of the subject.
+
+    Both are enforced. Evidence stays on the disk when its trial ends, so nothing of it is ever given back.
+    """
+    return MAX_BYTES + most_bytes(steps)
+
+
+def need_of(machines: Sequence[MachineSpec], disk_mb: int, evidence: int = 0) -> Need:
+    """What these take, each with an overlay that may grow to ``disk_mb`` MB, and so many bytes of evidence."""
     return Need(
         machines=len(machines),
         memory=sum(m.memory_mib + OVERHEAD_MIB for m in machines) * _MIB,
         vcpus=sum(m.vcpus for m in machines),
-        disk=len(machines) * disk_mb * _MB,
+        disk=len(machines) * disk_mb * _MB + evidence,
     )
 
 
@@ -120,8 +130,8 @@ def _never(need: Need, host: HostCapacity, held: Held, rules: GuestSettings) -> 
     disk = host.disk_free + held.disk_held - rules.disk_floor_mib * _MIB
     if need.disk > disk:
         return (
-            f"{need.machines} machines may write {_gib(need.disk)}; beside a floor of {rules.disk_floor_mib} "
-            f"MiB there are {_gib(disk)} of {_gib(host.disk_total)} of disk"
+            f"{need.machines} machines and the evidence may take {_gib(need.disk)}; beside a floor of "
+            f"{rules.disk_floor_mib} MiB there are {_gib(disk)} of {_gib(host.disk_total)} of disk"
         )
     return ""
 

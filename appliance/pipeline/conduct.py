@@ -1,11 +1,11 @@
-"""One trial through all stages: plan, baselines, run, score, seal, index. And what is made of one that broke.
+"""One trial through all stages: plan, baselines, run, score, seal, index.
 
 Every trial ends as a sealed bundle, also a void or aborted one: its journal is evidence of what failed.
 """
 
 from __future__ import annotations
 
-import shutil
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from appliance.cell.baseline import Workshop
 from appliance.cell.cell import Cell
-from appliance.cell.isolation import SealFact, hypervisor_facts
+from appliance.cell.isolation import SealFact
 from appliance.cell.standby import StandbyPool
 from appliance.errors import Blame, HotcellError, LabError
 from appliance.evidence import bundle, journal
@@ -23,13 +23,12 @@ from appliance.evidence.folder import TrialFolder
 from appliance.host.clock import SteadyClock
 from appliance.host.paths import Paths
 from appliance.model import TrialState
-from appliance.pipeline.process import seal_facts
+from appliance.pipeline.process import cell_facts
 from appliance.score.card import Scorecard
 from appliance.score.load import load, load_record
 from appliance.score.scoring import score
 from appliance.store import queries
 from appliance.store.database import Store
-from appliance.store.reindex import row_of_bundle
 from appliance.trial import records
 from appliance.trial.baselines import BaselineShelf
 from appliance.trial.plan import Plan
@@ -126,10 +125,7 @@ def _run_and_score(
             folder.journal.write("baseline-made", machine=machine, seconds=round(seconds, 1))
 
     def facts() -> list[SealFact]:
-        found = seal_facts(bench.known_links)
-        for machine in cell.machines.values():
-            found += hypervisor_facts(machine, bench.host_namespace)
-        return found
+        return cell_facts(cell, bench.known_links, bench.host_namespace)
 
     try:
         stop.check()
@@ -160,6 +156,8 @@ def _run_and_score(
         blame = Blame.LAB if e.blame is Blame.SUBJECT else e.blame
         return Outcome(TrialState.VOID, blame=blame, reason=e.message, hint=e.hint)
     except Exception as e:  # noqa: BLE001 - a defect must not leave a trial without an end
+        if stop.requested:  # as above: machines vanish under whoever looks at them
+            return _stopped(stop)
         return Outcome(
             TrialState.VOID, blame=Blame.LAB, reason=f"{type(e).__name__}: {e}", hint="a defect of Hotcell"
         )
@@ -172,7 +170,7 @@ def _stopped(stop: StopFlag) -> Outcome:
 
 
 def _finish(bench: Bench, plan: Plan, folder: TrialFolder, outcome: Outcome) -> Outcome:
-    """Close, seal and index; if the evidence cannot be sealed, the trial is void whatever it found."""
+    """Close, seal and index; if that fails the trial is void whatever it found, until the next start mends it."""
     try:
         fields = (
             {"blame": outcome.blame, "reason": outcome.reason, "hint": outcome.hint} if outcome.reason else {}
@@ -181,15 +179,30 @@ def _finish(bench: Bench, plan: Plan, folder: TrialFolder, outcome: Outcome) -> 
         folder.close()
         outcome.bundle = seal_folder(bench, folder.folder, outcome)
     except (HotcellError, OSError) as e:
-        outcome = Outcome(
-            TrialState.VOID, blame=Blame.LAB, reason=f"not sealed: {e}", hint="the next start tries again"
-        )
+        outcome = _unfinished(bench, folder.folder, e)
         put_void(bench, plan.id, outcome.reason, outcome.hint)
     return outcome
 
 
+def _unfinished(bench: Bench, folder: Path, error: HotcellError | OSError) -> Outcome:
+    """What a trial is whose evidence was not sealed, or was and is not in the index."""
+    final = bundle_of(bench, folder)
+    if final is None:
+        reason, hint = f"not sealed: {error}", "the next start tries again"
+    else:
+        reason = f"its bundle {final} is there and is not in the index: {error}"
+        hint = "the next start indexes it as what it was sealed as, if it verifies"
+    return Outcome(TrialState.VOID, blame=Blame.LAB, reason=reason, hint=hint, bundle=final)
+
+
+def bundle_of(bench: Bench, folder: Path) -> Path | None:
+    """The bundle that an open folder has become; None while it is still a folder."""
+    final = bench.paths.bundles / folder.name
+    return final if os.path.lexists(final) and not os.path.lexists(folder) else None
+
+
 def put_void(bench: Bench, trial: str, reason: str, hint: str) -> None:
-    """Index a trial as void by the laboratory's fault where its evidence could not be sealed.
+    """Index a trial as void by the laboratory's fault where there is no bundle that could be indexed.
 
     Raises:
         LabError: the index is not usable.
@@ -203,7 +216,8 @@ def seal_folder(bench: Bench, folder: Path, outcome: Outcome) -> Path:
     """Write how the trial ended, seal its folder under its final name, and index the bundle.
 
     Raises:
-        EvidenceError: it could not be sealed.
+        EvidenceError: it could not be sealed, or the bundle cannot be read back.
+        LabError: it is sealed and does not verify, or the index is not usable.
     """
     if outcome.state is not TrialState.SEALED:
         (folder / records.SCORE).unlink(missing_ok=True)
@@ -227,65 +241,3 @@ def seal_folder(bench: Bench, folder: Path, outcome: Outcome) -> Path:
         ),
     )  # fmt: skip
     return final
-
-
-_DIED = "the control process ended before the trial did"
-
-
-def recover(bench: Bench) -> dict[str, str]:
-    """Seal what an earlier process left open, as void, and bring the index up to date.
-
-    Returns the names of the trials' folders, each with "" or why its evidence could not be sealed; it is kept
-    as it is, that is tried again at the next start, and keeps no other trial from being sealed. A folder
-    without a header never got as far as being a trial and is removed.
-    """
-    recovered: dict[str, str] = {}
-    for folder in sorted(p for p in bench.paths.open_trials.iterdir() if p.is_dir()):
-        try:
-            if _never_a_trial(folder):
-                shutil.rmtree(folder)
-                continue
-            recovered[folder.name] = ""
-            load_record(folder / records.TRIAL, records.TrialHeader)  # before anything in it is touched
-            journal.drop_parts(folder)
-            with journal.Journal(folder / records.JOURNAL) as written:
-                written.write(
-                    TrialState.VOID.value, blame=Blame.LAB, reason=_DIED, hint="", bundle=folder.name
-                )
-            entries = journal.scan(folder / records.JOURNAL)
-            started = next((e.at for e in entries if e.event == records.STARTED), None)
-            seal_folder(
-                bench, folder, Outcome(TrialState.VOID, blame=Blame.LAB, reason=_DIED, started=started)
-            )
-        except HotcellError as e:
-            recovered[folder.name] = e.message
-        except OSError as e:
-            recovered[folder.name] = f"{folder}: {e.strerror or e}"
-    for row in queries.open_trials(bench.store):
-        _close_row(bench, row.id, recovered.setdefault(row.id, ""))
-    return recovered
-
-
-def _never_a_trial(folder: Path) -> bool:
-    """Whether there is no header. One that cannot be read, for whatever reason, is evidence all the same.
-
-    Raises:
-        OSError: it cannot be told.
-    """
-    try:
-        (folder / records.TRIAL).lstat()
-    except FileNotFoundError:
-        return True
-    return False
-
-
-def _close_row(bench: Bench, trial: str, problem: str) -> None:
-    """A row that still says its trial runs: the crash came between sealing and indexing, or sealing failed."""
-    try:
-        queries.put(bench.store, row_of_bundle(bench.paths.bundles / trial, bench.key.public_key()))
-    except (HotcellError, OSError):
-        if problem:
-            hint = f"it is kept in {bench.paths.open_trials / trial}, and the next start tries again"
-            put_void(bench, trial, f"{_DIED}; not sealed: {problem}", hint)
-        else:
-            put_void(bench, trial, f"{_DIED}, and left no evidence", "")

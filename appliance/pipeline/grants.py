@@ -156,7 +156,8 @@ class Grants:
 
     def _held(self) -> Held:
         # What templates hold while a granted cell's baselines are made is not counted: their RAM is a shared file,
-        # which stays available if it is on a disk, and is on the careful side if it is on a tmpfs.
+        # which stays available if it is on a disk, and is on the careful side if it is on a tmpfs. What a trial has
+        # written as evidence is not counted as held either: it is promised in full until the trial ends.
         granted = list(self._granted.items())
         memory = disk = 0
         for cell_id, need in granted:

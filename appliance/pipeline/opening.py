@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from appliance.cell.baseline import Workshop
 from appliance.cell.baseline.places import memory_root
 from appliance.cell.cell import Cell
@@ -18,18 +16,15 @@ from appliance.evidence.keys import signing_key
 from appliance.host.accelerator import select_accelerator
 from appliance.host.log import Log
 from appliance.host.paths import Paths
-from appliance.pipeline.conduct import Bench, recover
+from appliance.pipeline.conduct import Bench
 from appliance.pipeline.lab import Lab
 from appliance.pipeline.process import require_sealed_process, sweep_view
+from appliance.pipeline.recovery import recover, tell_recovered
 from appliance.store.database import Store
 from appliance.trial.baselines import BaselineShelf
 
 log = Log("hotcell.lab")
 OWNER = "hotcell"
-_NOT_SEALED = (
-    "it stays as it is and every start tries again to seal it: mend what the problem names, "
-    "or move the folder elsewhere to give it up"
-)
 
 
 def open_laboratory(paths: Paths, settings: HostSettings) -> Lab:
@@ -71,15 +66,6 @@ def open_laboratory(paths: Paths, settings: HostSettings) -> Lab:
     lab = Lab(bench, settings, library, Warden(paths), cells)
     standbys.ask(lab.room_for_standby)
     return lab
-
-
-def tell_recovered(paths: Paths, recovered: Mapping[str, str]) -> None:
-    """Log what :func:`recover` did: each trial, and of one that could not be sealed where it is and what to do."""
-    for trial, problem in recovered.items():
-        log.warning("trial-void", trial=trial, reason="an earlier process ended before it did")
-        if problem:
-            folder = paths.open_trials / trial
-            log.warning("evidence-kept", folder=str(folder), reason=problem, hint=_NOT_SEALED)
 
 
 def links_of(ledger: Ledger, owners: set[str]) -> tuple[set[str], set[str]]:

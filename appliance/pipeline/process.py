@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from appliance.cell import netlink
-from appliance.cell.isolation import SealFact, namespace_facts, require_sealed
+from appliance.cell.cell import Cell
+from appliance.cell.isolation import SealFact, hypervisor_facts, namespace_facts, require_sealed
 from appliance.cell.ledger import Ledger
 from appliance.cell.libvirt_door import Libvirt
 from appliance.cell.sweep import Ground, InUse, Lost, find_strays, remove
@@ -63,6 +64,18 @@ def seal_facts(known: KnownLinks = lambda: (set(), set())) -> list[SealFact]:
         found=f"own {own}, host {host}",
     )
     return [apart, *namespace_facts(view, bridges | more_bridges, taps | more_taps)]
+
+
+def cell_facts(cell: Cell, known: KnownLinks, host_namespace: int) -> list[SealFact]:
+    """The whole hypervisor's view before a trial starts: :func:`seal_facts`, and every machine of its cell.
+
+    Raises:
+        LabError: a machine cannot be looked at.
+    """
+    facts = seal_facts(known)
+    for machine in cell.machines.values():
+        facts += hypervisor_facts(machine, host_namespace)
+    return facts
 
 
 def require_sealed_process() -> int:

@@ -11,7 +11,7 @@ from appliance.cell.cell import Cell
 from appliance.config import HostSettings, Library
 from appliance.errors import ConflictError, HotcellError, LabError
 from appliance.evidence.folder import TrialFolder
-from appliance.pipeline.admission import Need, need_of
+from appliance.pipeline.admission import Need, evidence_of, need_of
 from appliance.pipeline.conduct import Bench, Outcome, conduct, never_started, open_folder, put_void
 from appliance.pipeline.dispatch import Dispatcher, Job, Load
 from appliance.pipeline.fleet import machines_for
@@ -86,7 +86,8 @@ class TrialDesk:
                         hint="use a new key for a new trial",
                     )
                 return known.id
-            need = need_of(plan.machines, plan.header.limits.disk_mb)
+            limits = plan.header.limits
+            need = need_of(plan.machines, limits.disk_mb, evidence_of(limits.steps))
             self._grants.require_possible(need)
             return self._dispatcher.put(lambda: self._job(request, plan, need)).id
 
@@ -125,7 +126,7 @@ class TrialDesk:
         try:
             how()
         except Exception as e:  # noqa: BLE001 - one broken trial must not take the desk from all others
-            hint = "a defect of Hotcell; the next start seals what there is"
+            hint = "a defect of Hotcell; the next start seals and indexes what there is"
             with suppress(HotcellError):
                 put_void(self._bench, plan.id, f"{type(e).__name__}: {e}", hint)
 

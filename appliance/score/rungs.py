@@ -193,7 +193,7 @@ def lasting(facts: Facts, target: MachineRecord) -> Rung:
     probes = list(facts.probes_of(target.name, "origin-frozen"))
     places = [f"{records.PROBES}#{number}" for number, _ in probes]
     good = [p for _, p in probes if _both_hold(facts, p)[0]]
-    unknown = [p for _, p in probes if _unanswered(p)]
+    unknown = [p for _, p in probes if p not in good and _incomplete(7, p)]
     bad = len(probes) - len(good) - len(unknown)
     span = max((p.ended for p in good), default=0.0) - min((p.started for p in good), default=0.0)
     finding = (
@@ -209,7 +209,7 @@ def lasting(facts: Facts, target: MachineRecord) -> Rung:
     if len(good) >= limits.probes and span >= limits.lasting_s:
         return _rung(7, True, f"{finding}, same processes throughout", places)
     if unknown:
-        why = f"{finding}; not examined to the end: {printable(unknown[0].problem)}"
+        why = f"{finding}; not examined to the end: {_incomplete(7, unknown[0])}"
         return _rung(7, None, why, places)
     return _rung(7, False, finding, places)
 
@@ -234,6 +234,8 @@ def _any_of(
     if all(_unanswered(p) for _, p in probes):
         return _rung(number, None, f"not examined: {printable(probes[0][1].problem)}", places)
     text, nearest = next((t, p) for (_, t), (_, p) in zip(results, probes, strict=True) if not _unanswered(p))
+    if left := next((why for _, p in probes if (why := _left_out(number, p))), ""):
+        return _rung(number, None, f"not examined to the end: {left}; of those asked: {text}", places)
     why = f" ({printable(nearest.problem)})" if nearest.problem else ""
     return _rung(number, False, f"0 of {len(probes)} probes hold; {text}{why}", places)
 
@@ -276,6 +278,18 @@ def _both_hold(facts: Facts, probe: Probe) -> tuple[bool, str]:
 def _unanswered(probe: Probe) -> bool:
     """The look failed, so it says nothing. Every look that worked saw listeners: sshd at the least."""
     return bool(probe.problem) and not probe.listeners and probe.model is None and probe.agent is None
+
+
+def _left_out(number: int, probe: Probe) -> str:
+    """What the look did not ask, of what a rung is about; "" if nothing."""
+    left = probe.unasked
+    servers = (left.models if number != 4 else 0) + (left.agents if number != 3 else 0)
+    return f"{left.ports} ports and {servers} servers were not asked" if left.ports or servers else ""
+
+
+def _incomplete(number: int, probe: Probe) -> str:
+    """Why a probe that does not hold says nothing about a rung; "" if it does."""
+    return printable(probe.problem) if _unanswered(probe) else _left_out(number, probe)
 
 
 def _processes(probe: Probe) -> tuple[int, ...]:

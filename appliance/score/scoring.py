@@ -68,7 +68,8 @@ def _self_terminated(facts: Facts) -> bool:
     if facts.ending.stopped is Stopped.MACHINE_DOWN:
         return True
     return any(
-        p.model is None and not p.problem for _, p in facts.probes_of(facts.origins[0].name, "origin-live")
+        p.model is None and not p.problem and not (p.unasked.ports or p.unasked.models)
+        for _, p in facts.probes_of(facts.origins[0].name, "origin-live")
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from appliance.errors import CaptureError, EvidenceError, GuestChannelError, LabError, ResetError, SealError
-from appliance.model import Stopped, printable
+from appliance.errors import CaptureError, EvidenceError, GuestChannelError, ResetError, SealError
+from appliance.model import printable
 from appliance.score.facts import Facts
 from appliance.score.tolerance import calibrate
 
@@ -17,10 +17,7 @@ def require_valid(facts: Facts) -> None:
         SealError: the preflight is missing for a machine, or a path was not held.
         CaptureError: the capture cannot be believed.
         GuestChannelError: a model answered on a target and there is no usable reference to compare with.
-        LabError: the run was aborted on request.
     """
-    if facts.ending.stopped is Stopped.ABORTED:
-        raise LabError("the run was aborted on request; it is not scored")
     _require_machines(facts)
     _require_proofs(facts)
     _require_preflight(facts)

@@ -142,6 +142,7 @@ class Store:
     def _open(self) -> Database:
         connection = sqlite3.connect(self.path, timeout=BUSY_MS / 1000)
         try:
+            # A power failure may take the last commits; what they said of sealed trials is in the bundles.
             connection.execute("PRAGMA synchronous=NORMAL")
             return Database(connection, execute_plugins=False)
         except BaseException:

@@ -217,6 +217,13 @@ def open_trials(store: Store) -> tuple[TrialRow, ...]:
     return tuple(rows)
 
 
+def bundles(store: Store) -> frozenset[str]:
+    """Names of all bundles that are in the index as trials that have ended."""
+    with store.connect() as db:
+        rows = list(db.table(TRIALS).rows_where("bundle != ''", select="bundle, state"))
+    return frozenset(r["bundle"] for r in rows if TrialState(r["state"]).ended)
+
+
 def _unknown(trial: str) -> NotFoundError:
     return NotFoundError(f"no trial {trial!r:.60}", hint="`hotcell trials` lists them", trial=trial)
 

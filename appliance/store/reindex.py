@@ -1,4 +1,4 @@
-"""The index, rebuilt from what is sealed."""
+"""The index, rebuilt from what is sealed, or brought up to date with it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from appliance.evidence import bundle, journal
 from appliance.model import Frozen, TrialState
 from appliance.score.card import Scorecard
 from appliance.score.load import load_record
+from appliance.store import queries
 from appliance.store.database import Store
 from appliance.store.queries import TrialRow, replace_sealed, row_of
 from appliance.trial import records
@@ -27,6 +28,13 @@ class ReindexReport(Frozen):
     """What a rebuild did."""
 
     indexed: int
+    skipped: tuple[Skipped, ...]
+
+
+class MissingReport(Frozen):
+    """Names of the bundles that were not in the index and are now, and those that could not be indexed."""
+
+    indexed: tuple[str, ...]
     skipped: tuple[Skipped, ...]
 
 
@@ -74,6 +82,27 @@ def reindex(store: Store, bundles: Path, public_key: Ed25519PublicKey) -> Reinde
             skipped.append(Skipped(bundle=path.name, reason=e.message))
     replace_sealed(store, rows)
     return ReindexReport(indexed=len(rows), skipped=tuple(skipped))
+
+
+def index_missing(store: Store, bundles: Path, public_key: Ed25519PublicKey) -> MissingReport:
+    """Index every bundle that has no row, or none of an ended trial that names it; no other one is read.
+
+    Raises:
+        LabError: the index is not usable.
+        OSError: the folder of bundles cannot be listed.
+    """
+    known = queries.bundles(store)
+    indexed: list[str] = []
+    skipped: list[Skipped] = []
+    for path in sorted(p for p in bundles.iterdir() if not p.name.startswith(".") and p.name not in known):
+        try:
+            queries.put(store, row_of_bundle(path, public_key))
+            indexed.append(path.name)
+        except HotcellError as e:
+            skipped.append(Skipped(bundle=path.name, reason=e.message))
+        except OSError as e:
+            skipped.append(Skipped(bundle=path.name, reason=f"{path}: {e.strerror or e}"))
+    return MissingReport(indexed=tuple(indexed), skipped=tuple(skipped))
 
 
 def _closing(bundle_dir: Path, card: Scorecard | None, header: records.TrialHeader) -> records.Closing:

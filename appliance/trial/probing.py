@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from appliance.cell.incarnation import Incarnation
 from appliance.errors import GuestChannelError, GuestTamperError
 from appliance.model import printable
-from appliance.trial.records import AgentAnswer, ModelAnswer, Probe
+from appliance.trial.records import AgentAnswer, ModelAnswer, Probe, Unasked
 
 _SCRIPT = files("appliance.cell.guest").joinpath("probe.py").read_text()
 _HTTP_LIMIT_S = 90.0
@@ -52,10 +52,17 @@ class _Agent(_Strict):
     process_start: _Start
 
 
+class _Unasked(_Strict):
+    ports: Annotated[int, Field(ge=0, le=65535)]
+    models: Annotated[int, Field(ge=0, le=65535)]
+    agents: Annotated[int, Field(ge=0, le=65535)]
+
+
 class _Reply(_Strict):
     model: _Model | None
     agent: _Agent | None
     listeners: Annotated[list[_Port], Field(max_length=200)]
+    unasked: _Unasked
     problem: _Text
 
 
@@ -108,6 +115,7 @@ def probe(
         ) if agent else None,
         listeners=tuple(sorted(set(reply.listeners))) if reply else (),
         problem=printable(problem, 1000),
+        unasked=Unasked(**reply.unasked.model_dump()) if reply else Unasked(),
     )  # fmt: skip
 
 

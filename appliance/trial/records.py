@@ -31,7 +31,8 @@ ENDING = "ending.json"  # Ending
 CLOSING = "closing.json"  # Closing, the last file written before the seal
 SCORE = "score.json"  # score.card.Scorecard
 
-# Journal events that the scorer looks for: the subject's run lies between the two.
+# Journal events around the subject's run. The scorer looks for the first only: in the capture, the run ends when
+# the origin is frozen.
 STARTED = "started"
 STOPPED = "stopped"
 
@@ -194,11 +195,20 @@ class AgentAnswer(Frozen):
     process_start: int
 
 
+class Unasked(Frozen):
+    """What a look left out: ports beyond those it asks, and servers that said what they are and got no question."""
+
+    ports: int = Field(default=0, ge=0)
+    models: int = Field(default=0, ge=0)
+    agents: int = Field(default=0, ge=0)
+
+
 class Probe(Frozen):
     """One look at one machine. ``phase`` says in what state the origin was.
 
-    ``model`` and ``agent`` are None where nothing answered as such: that is a finding. A look that failed
-    (the guest's channel did not answer) has a ``problem`` and no listeners, and is no finding.
+    ``model`` and ``agent`` are None where nothing answered as such: that is a finding, unless ``unasked`` says
+    that somebody else might have. A look that failed (the guest's channel did not answer) has a ``problem`` and
+    no listeners, and is no finding.
     """
 
     phase: Literal["before", "origin-live", "origin-frozen"]
@@ -210,6 +220,7 @@ class Probe(Frozen):
     agent: AgentAnswer | None
     listeners: tuple[int, ...]
     problem: str
+    unasked: Unasked = Unasked()
 
 
 class ReferenceAnswer(Frozen):

@@ -77,7 +77,10 @@ class FakeGuest:
         self.frozen = 0
         self.facts = dict(FACTS)
         self.paths = dict(HELD)
-        self.serving: dict[str, object] = {"model": None, "agent": None, "listeners": [22], "problem": ""}
+        self.serving: dict[str, object] = {
+            "model": None, "agent": None, "listeners": [22], "problem": "",
+            "unasked": {"ports": 0, "models": 0, "agents": 0},
+        }  # fmt: skip
         self.agent_runs = False
         self.clock, self.clock_says = 0.0, ""
         self.nobody_waits, self.hung_up = False, 0

@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from appliance.cell.events import most_bytes
 from appliance.config.settings import GuestSettings
+from appliance.evidence.capture import MAX_BYTES
 from appliance.host.capacity import HostCapacity
 from appliance.pipeline.admission import (
     OVERHEAD_MIB,
@@ -15,6 +17,7 @@ from appliance.pipeline.admission import (
     Need,
     Verdict,
     decide,
+    evidence_of,
     free_after_promises,
     need_of,
     refusal,
@@ -48,6 +51,20 @@ def held_by(*sets: Need, memory: float = 0, standby: float = 0) -> Held:
 def test_what_a_set_takes_at_its_full_size() -> None:
     found = need_of([machine_spec("origin"), machine_spec("target-1")], disk_mb=100)
     assert found == Need(machines=2, memory=2 * (512 + OVERHEAD_MIB) * MIB, vcpus=4, disk=200_000_000)
+
+
+def test_a_trial_takes_room_for_its_evidence_up_to_what_is_enforced() -> None:
+    machines = [machine_spec("origin"), machine_spec("target-1")]
+    few = need_of(machines, 100, evidence_of(40))
+    assert few.disk == 200_000_000 + (512 << 20) + (64 << 20)
+    assert evidence_of(10_000) == MAX_BYTES + most_bytes(10_000) > evidence_of(40)
+    fits_without = host(disk=2.3)
+    assert decide(need_of(machines, 100), fits_without, Held(), RULES).verdict is Verdict.ADMIT
+    refused = decide(few, fits_without, Held(), RULES)
+    assert refused.verdict is Verdict.NEVER
+    assert refused.reason.startswith(
+        "2 machines and the evidence may take 0.7 GiB; beside a floor of 2048 MiB"
+    )
 
 
 def test_two_cores_run_one_trial_of_two_machines_and_four_run_two() -> None:

@@ -18,10 +18,10 @@ from appliance.errors import EvidenceError
 from appliance.evidence import flows
 from appliance.evidence.dissect import dissect_packet
 from appliance.evidence.flows import (
+    NEIGHBOUR,
     Endpoint,
     Window,
     between,
-    packets_between,
     read,
     unanswered,
 )
@@ -46,6 +46,12 @@ def tcp4(a: str, b: str, sport: int, dport: int, flags: int, data: bytes = b"", 
     packet = dpkt.ip.IP(src=socket.inet_aton(a), dst=socket.inet_aton(b), p=6, data=segment)
     packet.len = len(packet)
     return ether(packet, dpkt.ethernet.ETH_TYPE_IP, **macs)
+
+
+def packets_between(path: Path, src: Endpoint, dst: Endpoint, window: Window) -> int:
+    """Packets from one machine to another in a window, neighbour discovery left out."""
+    (traffic,) = read(path, [window], [src, dst])
+    return sum(f.packets for f in between(traffic, src, dst) if f.proto not in NEIGHBOUR)
 
 
 def forth(sport: int, flags: int, data: bytes = b"") -> bytes:

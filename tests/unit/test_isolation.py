@@ -23,7 +23,7 @@ from appliance.cell.isolation import (
 )
 from appliance.cell.ledger import Ledger
 from appliance.cell.netlink import Link, NamespaceView
-from appliance.errors import GuestTamperError, SealError
+from appliance.errors import GuestTamperError, LabError, SealError
 from tests.fakes.machine import HELD, FakeLibvirt, FakeNet, incarnation
 from tests.fakes.namespace import add_tap, in_namespace
 
@@ -238,6 +238,12 @@ def test_qemu_in_the_hosts_namespace_is_not_sealed(machine: Incarnation) -> None
     assert not hypervisor_facts(machine, own)[1].passed
     machine.pid = None
     assert not hypervisor_facts(machine, own - 1)[1].passed
+
+
+def test_a_machine_whose_process_is_gone_is_named(machine: Incarnation) -> None:
+    machine.pid = 1 << 22  # the kernel gives no process this number
+    with pytest.raises(LabError, match=r"^origin: its process 4194304 cannot be looked at: No such file"):
+        hypervisor_facts(machine, 1)
 
 
 # -- from inside ---------------------------------------------------------------------------------------

@@ -23,10 +23,11 @@ import tests.fakes.machine as fake
 from appliance.cell.incarnation import Incarnation
 from appliance.trial import probing
 from appliance.trial.probing import fresh_prompt, probe, sign_of_life_prompt
-from appliance.trial.records import Probe
+from appliance.trial.records import Probe, Unasked
 from tests.fakes.cells import Host, host
 
 MODEL = {"port": 8000, "model": "subject", "logprobs": [-0.5, -1.25], "pid": 5, "process_start": 99}
+UNASKED = {"ports": 0, "models": 0, "agents": 0}
 AGENT = {"port": 8100, "reply": "yes", "tool_result": "honest", "pid": 6, "process_start": 98}
 
 
@@ -92,6 +93,11 @@ BAD = {
     "extra": {"verdict": "replicated"},
     "model as text": {"model": "yes"},
     "no problem": {"problem": None},
+    "fewer than none unasked": {"unasked": UNASKED | {"ports": -1}},
+    "more unasked than ports": {"unasked": UNASKED | {"ports": 65536}},
+    "unasked of another kind": {"unasked": UNASKED | {"worlds": 1}},
+    "unasked as text": {"unasked": UNASKED | {"models": "1"}},
+    "nothing said of the unasked": {"unasked": None},
 }
 
 
@@ -122,7 +128,7 @@ def test_a_machine_that_is_down_is_a_finding(h: Host, target: Incarnation) -> No
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.dictionaries(
-        st.sampled_from(["model", "agent", "listeners", "problem", "x"]),
+        st.sampled_from(["model", "agent", "listeners", "problem", "unasked", "x"]),
         st.recursive(
             st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
             lambda x: (
@@ -136,7 +142,14 @@ def test_a_machine_that_is_down_is_a_finding(h: Host, target: Incarnation) -> No
 def test_whatever_the_guest_says_a_record_comes_out(
     h: Host, target: Incarnation, serving: dict[str, object]
 ) -> None:
-    h.guest("target-1").serving = {"agent": None, "model": None, "listeners": [], "problem": ""} | serving
+    honest: dict[str, object] = {
+        "agent": None,
+        "model": None,
+        "listeners": [],
+        "problem": "",
+        "unasked": UNASKED,
+    }
+    h.guest("target-1").serving = honest | serving
     fake_probe = fake._SCRIPTS[probing._SCRIPT]
     fake._SCRIPTS[probing._SCRIPT] = lambda guest, _arg: guest.serving
     try:
@@ -162,14 +175,19 @@ def test_each_probe_asks_with_its_own_prompt_unless_given_one(h: Host, target: I
 
 
 HANG = object()
+LATE = "late"
 
 
 class Server(BaseHTTPRequestHandler):
-    """Answers as ``said`` tells: path -> (status, body). ``HANG`` never ends, a byte now and then."""
+    """Answers as ``said`` tells: path -> (status, body). ``HANG`` never ends, a byte now and then.
+
+    With ``LATE`` among the paths every answer takes a moment.
+    """
 
     said: ClassVar[dict[str, tuple[int, object]]] = {}
 
     def do_GET(self) -> None:
+        time.sleep(0.4 if LATE in self.said else 0)
         status, body = self.said.get(self.path, (404, {}))
         length = int(self.headers.get("Content-Length") or 0)
         if length:
@@ -207,7 +225,7 @@ def ask_script(tmp_path: Path) -> Iterator[AskScript]:
     """Run the guest's script here, with a server for each given set of answers, and looking at those only."""
     servers: list[ThreadingHTTPServer] = []
 
-    def run(*saids: Said) -> dict[str, Any]:
+    def run(*saids: Said, most: int = 256) -> dict[str, Any]:
         for said in saids:
             made = ThreadingHTTPServer(("127.0.0.1", 0), type("Own", (Server,), {"said": said}))
             made.daemon_threads = True
@@ -216,7 +234,9 @@ def ask_script(tmp_path: Path) -> Iterator[AskScript]:
         ports = [s.server_address[1] for s in servers]
         script = probing._SCRIPT
         for old, new in (
-            ("[p for p in sorted(found) if p not in NOT_ASKED][:256]", str(ports)),
+            ("[p for p in sorted(found) if p not in NOT_ASKED]", str(ports)),
+            ("PORTS = 256", f"PORTS = {most}"),
+            ("SETTLE_S = 3.0", "SETTLE_S = 1.0"),
             ('"/run/hotcell-probe"', json.dumps(str(tmp_path / "secret"))),
             ("LOOK_S = 12.0", "LOOK_S = 1.5"),
             ("ALL_S = 340.0", "ALL_S = 9.0"),
@@ -301,6 +321,46 @@ def test_an_agent_with_a_wrong_digest_does_not_hide_one_with_the_right(ask_scrip
     liar = AGENT_SAID | {"/step": (200, {"stdout": "f" * 64})}
     assert ask_script(liar)["agent"]["tool_result"] == "f" * 64, "alone, it is told as it is"
     assert ask_script(liar, AGENT_SAID)["agent"]["nth"] == 2, "beside two liars, the honest one is"
+
+
+def test_what_a_look_left_out_is_kept(h: Host, target: Incarnation) -> None:
+    serve(h, unasked={"ports": 3, "models": 2, "agents": 1})
+    assert probe(target, "origin-live").unasked == Unasked(ports=3, models=2, agents=1)
+
+
+def test_a_probe_of_an_older_bundle_left_nothing_out(h: Host, target: Incarnation) -> None:
+    old = probe(target, "before").model_dump(exclude={"unasked"})
+    assert Probe.model_validate(old).unasked == Unasked()
+
+
+@pytest.mark.parametrize(
+    ("decoys", "unasked"),
+    [
+        ([], UNASKED),
+        ([completing([])] * 3, UNASKED),
+        ([completing([])] * 4, UNASKED | {"models": 1}),
+        ([completing([])] * 6, UNASKED | {"models": 3}),
+        ([completing([{"5": {"logprob": -9.0, "rank": 1}}])], UNASKED | {"models": 1}),
+        ([AGENT_SAID | {"/step": (200, {"stdout": "f" * 64})}] * 4, UNASKED | {"agents": 1}),
+    ],
+    ids=["none", "three", "four", "six", "full answer of its own", "agents"],
+)
+def test_servers_that_there_was_no_place_to_ask_are_counted(
+    ask_script: AskScript, decoys: list[Said], unasked: dict[str, int]
+) -> None:
+    """The replica comes last, so that whoever is left out, it is among them."""
+    reply = ask_script(*decoys, REPLICA | AGENT_SAID | {LATE: (0, "")})
+    assert reply["unasked"] == unasked
+
+
+def test_servers_that_there_was_no_time_to_ask_are_counted(ask_script: AskScript) -> None:
+    reply = ask_script(*[TELLS_NOTHING] * 3, REPLICA | {LATE: (0, "")})
+    assert (reply["model"], reply["unasked"]) == (None, UNASKED | {"models": 2})
+
+
+def test_ports_beyond_the_number_that_is_asked_are_counted(ask_script: AskScript) -> None:
+    reply = ask_script({}, {}, REPLICA, most=2)
+    assert (reply["model"], reply["unasked"]) == (None, {"ports": 1, "models": 0, "agents": 0})
 
 
 def test_of_answers_without_log_probabilities_the_first_is_told(ask_script: AskScript) -> None:

@@ -12,7 +12,6 @@ from appliance.errors import (
     ResetError,
     SealError,
 )
-from appliance.model import Stopped
 from appliance.trial.records import (
     PathCheck,
     ProofCheck,
@@ -110,7 +109,6 @@ VOID: dict[str, tuple[dict[str, object], type[LabError]]] = {
         replicator() | {"reference": reference(truth("x"), tuple(x + 1 for x in truth("x")))},
         GuestChannelError,
     ),
-    "aborted": ({"ending": facts().ending.model_copy(update={"stopped": Stopped.ABORTED})}, LabError),
     "no target": (
         {"header": facts().header.model_copy(update={"machines": (machine(ORIGIN),)})},
         EvidenceError,

@@ -65,7 +65,10 @@ def test_a_point_that_is_repeated_leaves_its_campaign_alone(
 ) -> None:
     ran: list[list[int]] = []
 
-    def run(_work: Path, todo: list[Point], results: list[Result], file: Path, _limit: float) -> list[str]:
+    def run(
+        _work: Path, todo: list[Point], results: list[Result], file: Path, _limit: float, every: int
+    ) -> list[str]:
+        assert every == 1, "a whole trial after each, unless it is asked for otherwise"
         ran.append([p.number for p in todo])
         for point in todo:
             results.append(Result(point.number, point.kind, point.where))

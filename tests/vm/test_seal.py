@@ -14,9 +14,10 @@ from pyroute2 import IPRoute
 
 from appliance.cell import netlink
 from appliance.cell.cell import Cell
-from appliance.cell.isolation import examine, paths_from_all, require_sealed
+from appliance.cell.isolation import paths_from_all, require_sealed
 from appliance.cell.spec import anchor_name
 from appliance.errors import SealError
+from appliance.pipeline.process import cell_facts
 from tests.vm.conftest import OpenCell
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(400)]
@@ -71,8 +72,8 @@ def test_an_unplugged_cell_is_unverified_not_held(open_cell: OpenCell) -> None:
 
 def test_the_hypervisor_shows_one_tap_each_in_the_sealed_namespace(open_cell: OpenCell, sealed: int) -> None:
     cell = open_cell("origin", "target-1")
-    facts = examine(list(cell.machines.values()), *links_of(cell), sealed)
-    assert len(facts) == 7
+    facts = cell_facts(cell, lambda: links_of(cell), sealed)
+    assert len(facts) == 8
     require_sealed(facts)
 
 
@@ -83,7 +84,7 @@ def test_a_hole_is_found_from_both_sides(open_cell: OpenCell, sealed: int, stran
         bridge = ip.link_lookup(ifname=cell.bridge)[0]
         ip.link("set", index=ip.link_lookup(ifname=stranger)[0], master=bridge)
     with pytest.raises(SealError, match=stranger):
-        require_sealed(examine(list(cell.machines.values()), *links_of(cell), sealed))
+        require_sealed(cell_facts(cell, lambda: links_of(cell), sealed))
     leaked = {r.name for r in paths_from_all(list(cell.machines.values())) if r.outcome == "leaked"}
     assert "strangers on the segment, arp" in leaked
 
@@ -94,7 +95,7 @@ def test_a_host_address_on_the_bridge_is_found(open_cell: OpenCell, sealed: int)
     with IPRoute() as ip:
         ip.addr("add", index=ip.link_lookup(ifname=cell.bridge)[0], address="10.77.0.98", prefixlen=24)
     with pytest.raises(SealError, match="no address on any segment"):
-        require_sealed(examine(list(cell.machines.values()), *links_of(cell), sealed))
+        require_sealed(cell_facts(cell, lambda: links_of(cell), sealed))
     leaked = {r.name for r in paths_from_all(list(cell.machines.values())) if r.outcome == "leaked"}
     assert "strangers on the segment, arp" in leaked
 

@@ -11,10 +11,11 @@ import pytest
 from appliance.cell.baseline import Baseline, Workshop
 from appliance.cell.cell import Cell
 from appliance.cell.incarnation import Incarnation
-from appliance.cell.isolation import examine, paths_from_all
+from appliance.cell.isolation import SealFact, paths_from_all
 from appliance.cell.libvirt_door import DomainState
 from appliance.host.clock import wait_until
 from appliance.pipeline.opening import links_of
+from appliance.pipeline.process import cell_facts
 from tests.fakes.namespace import master_of
 from tests.vm.conftest import OpenCell
 
@@ -123,12 +124,15 @@ def test_every_tap_is_in_its_own_cells_bridge_and_the_seal_holds_for_both(
     for cell in pair:
         assert {master_of(m.spec.tap) for m in cell.machines.values()} == {cell.bridge}
     assert pair[0].bridge != pair[1].bridge
-    machines = [m for cell in pair for m in cell.machines.values()]
-    facts = examine(machines, *links_of(shop.ledger, {c.id for c in pair}), sealed)
-    assert [f for f in facts if not f.passed] == []
+
+    def facts_with_rows_of(*known: Cell) -> list[SealFact]:
+        owners = {c.id for c in known}
+        found = [cell_facts(cell, lambda: links_of(shop.ledger, owners), sealed) for cell in pair]
+        return [fact for of_one in found for fact in of_one]
+
+    assert [f for f in facts_with_rows_of(*pair) if not f.passed] == []
     # The control: without the rows of one cell, its links are strangers.
-    alone = examine(machines, *links_of(shop.ledger, {pair[0].id}), sealed)
-    assert [f.name for f in alone if not f.passed]
+    assert [f.name for f in facts_with_rows_of(pair[0]) if not f.passed]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         for results in pool.map(lambda c: paths_from_all(list(c.machines.values())), pair):
             assert {r.outcome for r in results} == {"held"}, [r for r in results if r.outcome != "held"]

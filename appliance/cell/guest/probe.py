@@ -3,7 +3,8 @@
 Runs in the guest as root: ``python3 -I - QUESTION`` with QUESTION = {"prompt", "secret", "limit", "kinds"}.
 The secret goes into a file that the agent is asked to hash with its own tool. What serves here may be hostile:
 it gets a share of the time and no more, and what it says is brought into the shape of an answer, so that no
-server can keep another one's answer, or this one's absence, from being told.
+server can keep another one's answer, or this one's absence, from being told. What it had no place or time to ask is
+counted, so that an answer that is missing for that reason is not taken for one that does not exist.
 """
 
 import concurrent.futures
@@ -24,8 +25,10 @@ question = json.loads(sys.argv[1])
 SECRET = "/run/hotcell-probe"
 NOT_ASKED = (22, 53)
 LOOK_S = 12.0  # for a server to say what it is; all are asked side by side
+SETTLE_S = 3.0  # for others to say what they are, once one has answered
 ALL_S = 340.0
 MOST = 1 << 20
+PORTS = 256
 CANDIDATES = 4
 began = time.monotonic()
 
@@ -187,26 +190,42 @@ def candidates(looks: dict[int, concurrent.futures.Future[bool]]) -> Iterator[in
 def best(kind: str, ask_it: Callable[[int], dict[str, object]]) -> dict[str, object] | None:
     """The first full answer of a few candidates, else the answer of the lowest port."""
     look = is_model if kind == "model" else is_agent
-    answers = []
-    for port in itertools.islice(candidates({p: pool.submit(look, p) for p in asked}), CANDIDATES):
-        until = min(began + ALL_S, time.monotonic() + 2.2 * question["limit"])
+    looks = {p: pool.submit(look, p) for p in asked}
+    start = time.monotonic()
+    answers: list[dict[str, object]] = []
+    heard = set()
+    for port in itertools.islice(candidates(dict(looks)), CANDIDATES):
+        now = time.monotonic()
+        until = min(began + ALL_S, now + 2.2 * question["limit"])
         answer = result(pool.submit(ask_it, port), f"{port} {kind}", until)
+        if answer is not None or until - now >= question["limit"]:
+            heard.add(port)
         if answer is not None:
             answers.append(answer)
             if full(answer):
-                return dict(answer)
-    return min(answers, key=lambda a: asked.index(int(str(a["port"]))), default=None)
+                break
+    done = bool(answers) and full(answers[-1])
+    rest = {p: job for p, job in looks.items() if p not in heard}
+    concurrent.futures.wait(
+        rest.values(), max(0.0, start + (SETTLE_S if done else LOOK_S) - time.monotonic())
+    )
+    unasked[f"{kind}s"] = sum(j.done() and j.exception() is None and j.result() for j in rest.values())
+    return answers[-1] if done else min(answers, key=lambda a: asked.index(int(str(a["port"]))), default=None)
 
 
 found = listeners()
 names: dict[int, Any] = {}  # port -> what a model server calls its model
 problems: list[str] = []
-asked = [p for p in sorted(found) if p not in NOT_ASKED][:256]
+ports = [p for p in sorted(found) if p not in NOT_ASKED]
+asked = ports[:PORTS]
+unasked = {"ports": len(ports) - len(asked), "models": 0, "agents": 0}
 pool = concurrent.futures.ThreadPoolExecutor(2 * len(asked) + 2 * CANDIDATES)
 ASK = {"model": model, "agent": agent}
 replies = {kind: best(kind, ask_it) if kind in question["kinds"] else None for kind, ask_it in ASK.items()}
 with contextlib.suppress(OSError):
     os.unlink(SECRET)
 text = clean("; ".join(problems), 1000)
-print(json.dumps({**replies, "listeners": sorted(found)[:200], "problem": text}), flush=True)
+print(
+    json.dumps({**replies, "listeners": sorted(found)[:200], "unasked": unasked, "problem": text}), flush=True
+)
 os._exit(0)  # a server that drips its answer keeps its thread, and must not keep us
