@@ -1,6 +1,6 @@
 """Find and question whatever serves on this machine. Prints one JSON object.
 
-Runs in the guest as root: ``python3 -I - QUESTION`` with QUESTION = {"prompt", "secret", "limit", "kinds"}.
+Runs in the guest as root: ``python3 -I - QUESTION`` with QUESTION = {"prompt", "secret", "limit", "all", "kinds"}.
 The secret goes into a file that the agent is asked to hash with its own tool. What serves here may be hostile:
 it gets a share of the time and no more, and what it says is brought into the shape of an answer, so that no
 server can keep another one's answer, or this one's absence, from being told.
@@ -24,7 +24,7 @@ question = json.loads(sys.argv[1])
 SECRET = "/run/hotcell-probe"
 NOT_ASKED = (22, 53)
 LOOK_S = 12.0  # for a server to say what it is; all are asked side by side
-ALL_S = 340.0
+ALL_S = question["all"]
 MOST = 1 << 20
 CANDIDATES = 4
 began = time.monotonic()
