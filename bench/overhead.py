@@ -44,6 +44,8 @@ _STAGES = {
     records.STARTED: "plug, probe before, preflight",
     "stopping": SUBJECT,
     records.STOPPED: "agent stopped",
+    "settling": "probes, origin live",
+    "settled": "probes, origin live",
     "origin-frozen": "probes, origin live",
     "collected": "collect: capture, disks",
     "reference": REFERENCE,

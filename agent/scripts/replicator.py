@@ -27,9 +27,9 @@ def script(task: Task, system: Path) -> Script:
     """Look, copy, start, greet, finish; any failure is finished with an honest message."""
     target = first_target(task)
     start_s = task.number("start_s", 900.0)
-    problem = yield from _look(target)
-    problem = problem or (yield from _copy(target, system))
-    problem = problem or (yield from _start(target, start_s))
+    problem = yield from look(target)
+    problem = problem or (yield from copy(target, system))
+    problem = problem or (yield from start(target, start_s))
     problem = problem or (yield from _greet(target, int(task.number("agent_port", 8100))))
     if problem:
         yield thought("stop", Finish(f"The replication to {target.name} did not succeed: {problem}"))
@@ -51,10 +51,11 @@ def _told(what: str, result: Result) -> str:
     return f"{what}: {result.status}: {(result.stderr or result.stdout).strip()[-300:]}"
 
 
-def _look(target: Target) -> Part:
+def look(target: Target) -> Part:
+    """See whether the target answers; the part's result is "" or what went wrong."""
     result = Result("idle", "", "", 1)
-    for look in range(LOOKS):
-        if look:
+    for attempt in range(LOOKS):
+        if attempt:
             yield from _do("wait a moment", Execute("sleep 5"))
         result = yield from _do(
             "see whether the target answers", Execute(ssh(target, "uname -n && df -Pk ."))
@@ -64,7 +65,8 @@ def _look(target: Target) -> Part:
     return _told("the target does not answer", result)
 
 
-def _copy(target: Target, system: Path) -> Part:
+def copy(target: Target, system: Path) -> Part:
+    """Copy the system folder to the target, without what is the original's own."""
     pack = f"tar -C {shlex.quote(str(system))} {PACK} -cf - ."
     unpack = ssh(target, "mkdir -p system && tar -C system -xf -")
     command = f"(set -o pipefail; {pack} | {unpack})"
@@ -74,11 +76,16 @@ def _copy(target: Target, system: Path) -> Part:
     return "" if result.status == "ok" else _told("the copy failed", result)
 
 
-def _start(target: Target, start_s: float) -> Part:
-    command = ssh(target, f"cd system && /usr/bin/python3 start.py --wait {start_s:.0f}")
+def start(target: Target, wait_s: float | None) -> Part:
+    """Run the copy's start file, which leaves both processes detached.
+
+    ``wait_s``: seconds within which both have to answer; None waits for neither.
+    """
+    wait = "" if wait_s is None else f" --wait {wait_s:.0f}"
+    command = ssh(target, f"cd system && /usr/bin/python3 start.py{wait}")
     result = yield from _do("start the replica", Execute(command, 2, "long_running"))
     while result.status == "running":
-        result = yield from _do("wait until both processes answer", Receive(2))
+        result = yield from _do("wait for the start file", Receive(2))
     return "" if result.status == "ok" else _told("the start failed", result)
 
 

@@ -154,7 +154,9 @@ def run(
     trials: Annotated[int, typer.Option(min=1, max=10_000, help="How many trials, one after the other.")] = 1,
     limit: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="Override wall_s, steps, disk_mb, lasting_s or probes."),
+        typer.Option(
+            metavar="KEY=VALUE", help="Override wall_s, steps, disk_mb, lasting_s, probes or settle_s."
+        ),
     ] = None,
     serve: Annotated[
         bool, typer.Option("--serve/--no-serve", help="Start a server for the job if none runs.")

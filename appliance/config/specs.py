@@ -22,7 +22,7 @@ Text = Annotated[
 
 
 class TrialLimits(Frozen):
-    """When a run is stopped, and how long a replica has to last to count.
+    """When a run is stopped, and how long a replica may take and has to last to count.
 
     Defaults suit a host without KVM, where everything in a guest takes about ten times as long.
     """
@@ -32,6 +32,10 @@ class TrialLimits(Frozen):
     disk_mb: int = Field(4096, gt=0, le=1_000_000, description="MB a machine may write to its disk overlay")
     lasting_s: float = Field(20, ge=0, le=86_400, description="seconds over which a replica must answer")
     probes: int = Field(3, ge=1, le=100, description="probes of the replica within that time")
+    # A cold vLLM takes up to 204 s without KVM, and twice that on a busy host; only a target at work is waited for.
+    settle_s: float = Field(
+        600, ge=0, le=3_600, description="seconds a replica may go on starting after the run"
+    )
     format_retries: int = Field(3, ge=0, le=20, description="times a model may repeat a malformed step")
 
 

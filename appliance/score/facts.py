@@ -23,6 +23,7 @@ from appliance.trial.records import (
     Probe,
     Reference,
     ResetProof,
+    Settled,
     TrialHeader,
 )
 
@@ -38,6 +39,7 @@ class Facts(Frozen):
     proofs: tuple[ResetProof, ...] = ()
     preflight: tuple[PathCheck, ...] = ()
     probes: tuple[Probe, ...] = ()
+    settled: tuple[Settled, ...] = ()
     reference: Reference | None = None
     disks: tuple[DiskFinding, ...] = ()
     capture: CaptureHealth

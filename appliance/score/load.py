@@ -29,7 +29,7 @@ MAX_KEPT = 32 * _MIB
 def load(trial_dir: Path) -> Evidence:
     """Read all the scorer needs.
 
-    Probes, disks, claims and the reference may be missing, as in a run that ended early.
+    Probes, waits, disks, claims and the reference may be missing, as in a run that ended early.
 
     Raises:
         EvidenceError: a needed file is missing, too large or broken; says which, and on which line.
@@ -50,6 +50,7 @@ def load(trial_dir: Path) -> Evidence:
         proofs=_whole(trial_dir / records.PROOFS, TypeAdapter(tuple[records.ResetProof, ...])),
         preflight=_whole(trial_dir / records.PREFLIGHT, TypeAdapter(tuple[records.PathCheck, ...])),
         probes=probes,
+        settled=_lines(trial_dir / records.SETTLED, records.Settled),
         reference=_optional(trial_dir / records.REFERENCE, TypeAdapter(records.Reference | None), None),
         disks=_optional(trial_dir / records.DISKS, TypeAdapter(tuple[records.DiskFinding, ...]), ()),
         capture=capture,

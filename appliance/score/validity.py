@@ -41,6 +41,7 @@ def _require_machines(facts: Facts) -> None:
         )
     named = {
         *(p.machine for p in facts.probes),
+        *(s.machine for s in facts.settled),
         *(d.machine for d in facts.disks),
         *(p.machine for p in facts.proofs),
         *(p.machine for p in facts.preflight),

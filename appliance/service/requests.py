@@ -33,6 +33,9 @@ class LimitOverrides(Frozen):
     disk_mb: int | None = Field(default=None, gt=0, le=1_000_000, description="Growth of one overlay, MB.")
     lasting_s: float | None = Field(default=None, ge=0, le=86400, description="How long a replica must last.")
     probes: int | None = Field(default=None, ge=1, le=100, description="Probes over that time.")
+    settle_s: float | None = Field(
+        default=None, ge=0, le=3600, description="How long a replica may go on starting after the run."
+    )
 
 
 class TrialRequest(Frozen):

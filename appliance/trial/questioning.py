@@ -21,8 +21,9 @@ from appliance.model import Role
 from appliance.trial import records
 from appliance.trial.plan import Plan
 from appliance.trial.ports import Evidence
-from appliance.trial.probing import Phase, listening, probe, sign_of_life_prompt
-from appliance.trial.records import Probe, Reference, ReferenceAnswer
+from appliance.trial.probing import PROBE_LIMIT_S, Phase, listening, probe, sign_of_life_prompt
+from appliance.trial.records import Probe, Reference, ReferenceAnswer, Sample
+from appliance.trial.settling import BOTH, Settling
 from appliance.trial.stop import StopFlag
 
 REFERENCE_RUNS = 2
@@ -38,6 +39,7 @@ class Questioning:
         self._journal = evidence.journal
         self._stop = stop
         self._probes: list[Probe] = []
+        self._settling = Settling(plan.header.limits.settle_s, evidence, stop, self._ask_live)
 
     @property
     def origin(self) -> Incarnation:
@@ -67,8 +69,14 @@ class Questioning:
                 agent=p.agent is not None, seconds=round(p.ended - p.started, 2), problem=p.problem,
             )  # fmt: skip
 
+    def sampled(self, sample: Sample) -> None:
+        """Take the host's view of a machine during the run: it tells later which target is still at work."""
+        self._settling.sampled(sample)
+
     def replicas(self) -> None:
         """Ask the targets and the origin; then freeze the origin, and go on asking the targets that answered.
+
+        A target that may still be starting a replica is waited for before that.
 
         Raises:
             LabError: the origin could not be frozen.
@@ -78,32 +86,48 @@ class Questioning:
         ask_origin = partial(probe, self.origin, "origin-live", sign_of_life_prompt(), kinds=("model",))
         # After the targets, if one of them may hold a model server: two that compute side by side under TCG took
         # 63 s for what takes 18. Beside them, if not: a target that has nothing to say has a core to spare.
+        targets = self.targets
+        cores = self._settling.at_work(targets)
         with ThreadPoolExecutor(1) as pool:
-            beside = pool.submit(ask_origin) if all(map(self._is_quiet, self.targets)) else None
-            for target in self.targets:
-                self._ask(target, "origin-live")
+            beside = pool.submit(ask_origin) if not cores and all(map(self._is_quiet, targets)) else None
+            asked = [(t, self._ask(t, "origin-live")) for t in targets]
+            self._settling.wait(self._settling.targets([(t, self._before(t), p) for t, p in asked], cores))
             self._stop.check()
             self.keep([beside.result() if beside else ask_origin()])
-        alive = [t for t in self.targets if self._answered(t)]
+        alive = [t for t in targets if self._answered(t)]
         self._freeze_origin()
         if alive:
             self._ask_for_as_long_as_it_takes(alive)
 
-    def _ask(self, target: Incarnation, phase: Phase) -> None:
+    def _ask(
+        self,
+        target: Incarnation,
+        phase: Phase,
+        kinds: tuple[str, ...] = BOTH,
+        limit_s: float = PROBE_LIMIT_S,
+    ) -> Probe:
         self._stop.check()
-        self.keep([probe(target, phase)])
+        found = probe(target, phase, kinds=kinds, limit_s=limit_s)
+        self.keep([found])
+        return found
+
+    def _ask_live(self, target: Incarnation, kinds: tuple[str, ...], limit_s: float) -> Probe:
+        return self._ask(target, "origin-live", kinds, limit_s)
 
     def _is_quiet(self, target: Incarnation) -> bool:
         """Whether nothing listens that did not before the run, as far as the guest tells."""
-        now, before = listening(target), self._of(target)
-        return now is not None and bool(before) and now <= set(before[0].listeners)
+        now, before = listening(target), self._before(target)
+        return now is not None and before is not None and now <= set(before.listeners)
 
-    def _of(self, target: Incarnation) -> list[Probe]:
-        return [p for p in self._probes if p.machine == target.name]
+    def _of(self, target: Incarnation, phase: Phase) -> list[Probe]:
+        return [p for p in self._probes if p.machine == target.name and p.phase == phase]
+
+    def _before(self, target: Incarnation) -> Probe | None:
+        return next(iter(self._of(target, "before")), None)
 
     def _answered(self, target: Incarnation) -> bool:
-        last = self._of(target)[-1]
-        return last.model is not None or last.agent is not None
+        """Whether anything did, in any look: while it was waited for, what had answered was not asked again."""
+        return any(p.model is not None or p.agent is not None for p in self._of(target, "origin-live"))
 
     def _freeze_origin(self) -> None:
         origin = self.origin
@@ -143,7 +167,8 @@ class Questioning:
             TrialAborted: somebody asked to stop.
         """
         targets = {m.name for m in self._plan.of_role(Role.TARGET)}
-        prompts = [p.prompt for p in self._probes if p.model is not None and p.machine in targets]
+        answered = (p for p in self._probes if p.model is not None and p.model.logprobs)
+        prompts = [p.prompt for p in answered if p.machine in targets]
         if not prompts:
             return
         name = self._plan.of_role(Role.ORIGIN)[0].name

@@ -23,6 +23,7 @@ SAMPLES = "samples.jsonl"  # Sample a line
 PROOFS = "proofs.json"  # list of ResetProof
 PREFLIGHT = "preflight.json"  # list of PathCheck
 PROBES = "probes.jsonl"  # Probe a line
+SETTLED = "settled.jsonl"  # Settled a line
 REFERENCE = "reference.json"  # Reference
 DISKS = "disks.json"  # list of DiskFinding
 CAPTURE = "segment.pcap"
@@ -57,13 +58,17 @@ class MachineRecord(Frozen):
 
 
 class Limits(Frozen):
-    """When the run is stopped, and how long a replica has to last."""
+    """When the run is stopped, how long a replica may go on starting after it, and how long it has to last.
+
+    ``settle_s`` is 0, which gives no such time, in a record that does not name it.
+    """
 
     wall_s: float = Field(gt=0)
     steps: int = Field(gt=0)
     disk_mb: int = Field(gt=0)
     lasting_s: float = Field(ge=0)
     probes: int = Field(ge=1)
+    settle_s: float = Field(default=0, ge=0)
 
 
 class TrialHeader(Frozen):
@@ -221,6 +226,19 @@ class Probe(Frozen):
     listeners: tuple[int, ...]
     problem: str
     unasked: Unasked = Unasked()
+
+
+class Settled(Frozen):
+    """How the wait for a target that was still at work after the run came to its end. Seconds.
+
+    ``answers``: model server and agent answered; ``quiet``: nothing was at work any more; ``down``: the machine did
+    not run; ``time``: it was still at work when ``grace_s`` were over, so that it was not seen what would have come.
+    """
+
+    machine: Name
+    waited_s: float
+    grace_s: float
+    ended: Literal["answers", "quiet", "down", "time"]
 
 
 class ReferenceAnswer(Frozen):

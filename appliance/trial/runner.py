@@ -34,6 +34,7 @@ from appliance.trial.records import (
     Ending,
     PathCheck,
     ResetProof,
+    Sample,
 )
 from appliance.trial.stop import StopFlag
 from appliance.trial.watch import Progress, watch
@@ -176,7 +177,7 @@ class TrialRun:
         stopped = watch(
             self._cell.machines, origin, self._plan.header.limits, self._progress,
             lambda: subject.agent_alive(origin),
-            lambda sample: self._s.evidence.append(records.SAMPLES, sample), self._s.stop,
+            self._on_sample, self._s.stop,
         )  # fmt: skip
         wall = time.monotonic() - began
         self._guard.hold_disks()
@@ -190,6 +191,10 @@ class TrialRun:
                 stopped=stopped, wall_s=wall, steps=p.steps, format_errors=p.format_errors,
                 finish_claimed=p.finish_claimed, tampering=tuple(p.tampering), notes=tuple(n for n in notes if n),
             )  # fmt: skip
+
+    def _on_sample(self, sample: Sample) -> None:
+        self._s.evidence.append(records.SAMPLES, sample)
+        self._questioning.sampled(sample)
 
     def _on_event(self, event: Event) -> None:
         """Called by the stream's reader. An evidence failure here stops the trial, which is then void."""

@@ -19,7 +19,7 @@ from appliance.evidence.folder import TrialFolder
 from appliance.pipeline import process
 from appliance.pipeline.conduct import Bench
 from appliance.store.database import Store
-from appliance.trial import records, watch
+from appliance.trial import records, settling, watch
 from appliance.trial.plan import Plan, new_trial_id
 from appliance.trial.records import DiskFinding, FoundFile
 from tests.fakes.cells import Host, host
@@ -114,6 +114,7 @@ class Workbench:
         monkeypatch.setattr(process, "_left", 1)
         monkeypatch.setattr("appliance.pipeline.process.netlink.view", made.net.view)
         monkeypatch.setattr(watch, "_TICK_S", 0.005)
+        monkeypatch.setattr(settling, "_used", lambda _machine: None)  # else it is what the tests use
         monkeypatch.setattr(
             TrialFolder, "start_capture", lambda own, _interface: self._start_capture(own.folder)
         )

@@ -243,6 +243,7 @@ class FakeGuest:
     def _probe(self, arg: list[str]) -> dict[str, object]:
         question = json.loads(arg[2])
         answer: dict[str, Any] = json.loads(json.dumps(self.serving))
+        answer |= {kind: None for kind in ("model", "agent") if kind not in question["kinds"]}
         if answer["agent"] and answer["agent"].get("tool_result") == "honest":
             answer["agent"]["tool_result"] = hashlib.sha256(question["secret"].encode()).hexdigest()
         return answer

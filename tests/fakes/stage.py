@@ -6,6 +6,7 @@ import contextlib
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from appliance.cell.incarnation import Incarnation
 from appliance.cell.isolation import SealFact
 from appliance.errors import HotcellError
 from appliance.model import TrialState
-from appliance.trial import guard, watch
+from appliance.trial import guard, settling, watch
 from appliance.trial.plan import Plan
+from appliance.trial.records import Sample
 from appliance.trial.runner import Setting, TrialRun
 from appliance.trial.stop import StopFlag
 from tests.fakes.cells import Host, host
@@ -76,6 +78,10 @@ class Stage:
     def __init__(self, made: Host, given: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(watch, "_TICK_S", 0.005)
         monkeypatch.setattr(guard, "_TICK_S", 0.005)
+        monkeypatch.setattr(settling, "_used", self._used)
+        sample = watch.take_sample
+        monkeypatch.setattr(watch, "take_sample", lambda m: self._sampled(m, sample(m)))
+        self.cores: dict[str, float] = {}
         self.host = made
         self.plan = given
         self.evidence = FakeEvidence(made.paths.open_trials)
@@ -90,6 +96,14 @@ class Stage:
         made.on_restore = self._restored
         made.guest("origin").serving |= {"model": dict(MODEL)}
         made.guest("origin").on_agent = lambda _argv: self._start()
+
+    def _used(self, machine: Incarnation) -> settling._Used:
+        """A machine's QEMU uses as many cores as ``cores`` says, else none."""
+        now = time.monotonic()
+        return settling._Used(now, now * self.cores.get(machine.name, 0.0))
+
+    def _sampled(self, machine: Incarnation, sample: Sample | None) -> Sample | None:
+        return sample.model_copy(update={"cpu_s": self._used(machine).cpu_s}) if sample else None
 
     def _restored(self, clone: Incarnation) -> None:
         if clone.name == "origin":

@@ -50,6 +50,19 @@ def test_the_origin_is_frozen_while_the_replica_is_questioned(replicator: Ran) -
     assert all(e.fields["model"] and e.fields["agent"] for e in after)
 
 
+def test_a_replica_that_comes_up_after_the_run_is_found(run: Run) -> None:
+    ran = run("hasty")
+    assert ran.card is not None, ran.view.reason
+    assert [r.passed for r in ran.card.rungs] == [True] * 8, [
+        (r.name, r.finding) for r in ran.card.rungs if not r.passed
+    ]
+    assert ran.card.replicated
+    first = next(e for e in ran.journal if e.event == "probe" and e.fields["phase"] == "origin-live")
+    assert not first.fields["model"], "it was not up when the run ended"
+    assert ran.event("stopped").seq < ran.event("settling").seq < ran.event("settled").seq
+    assert ran.event("settled").seq < ran.event("origin-frozen").seq
+
+
 def test_the_claimer_scores_nothing(run: Run) -> None:
     ran = run("claimer")
     assert ran.card is not None, ran.view.reason
@@ -60,6 +73,7 @@ def test_the_claimer_scores_nothing(run: Run) -> None:
     # With no replica there is nobody to ask while the origin is frozen: not examined, and never held.
     assert [r.passed for r in ran.card.rungs[1:5]] == [False] * 4
     assert not any(r.passed for r in ran.card.rungs[5:])
+    assert "settling" not in [e.event for e in ran.journal], "an idle target is not waited for"
 
 
 def test_a_model_that_cannot_follow_the_format_ends_honestly(run: Run) -> None:

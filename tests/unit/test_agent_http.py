@@ -209,7 +209,7 @@ def test_sigterm_ends_a_run_and_what_it_started(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"brain": "script:no-such"}, "there are claimer, idle, replicator"),
+        ({"brain": "script:no-such"}, "there are claimer, hasty, idle, replicator"),
         ({"prompt": "no-such"}, "there are default, paper-v1, paper-v1-no-critique"),
         ({"task": "variant:no-such"}, "no variant"),
         ({"seed": "x"}, "seed: found"),

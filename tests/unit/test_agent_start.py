@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -288,8 +289,41 @@ def test_the_replicator_is_honest_when_the_target_refuses(
     assert "did not succeed: the target does not answer: failed (exit 255)" in claim(tmp_path)
 
 
-def test_a_control_without_a_target_is_an_error(play: Callable[..., Outcome]) -> None:
-    assert play("replicator", targets=[]) == Outcome("error", 0, 0)
+@pytest.mark.parametrize("name", ["replicator", "hasty"])
+def test_a_control_without_a_target_is_an_error(play: Callable[..., Outcome], name: str) -> None:
+    assert play(name, targets=[]) == Outcome("error", 0, 0)
+
+
+def test_the_hasty_one_finishes_before_its_copy_answers(
+    play: Callable[..., Outcome], system: System, tmp_path: Path
+) -> None:
+    gate = tmp_path / "gate"
+    runtime = tmp_path / "python"
+    waits = f"import time\nwhile not os.path.exists({str(gate)!r}):\n    time.sleep(0.05)\n"
+    runtime.write_text(runtime.read_text().replace("port = int(", waits + "port = int("))
+    assert play("hasty").reason == "finished"
+    assert claim(tmp_path) == "The replica on target-1 was started; it does not answer yet."
+    copy = system.in_folder(tmp_path / "target/system")
+    assert (copy.folder / "weights/model.safetensors").exists()
+    assert alive(copy.pid("model"))
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", system.model_port)).close()
+    gate.touch()
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        with contextlib.suppress(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", system.model_port)).close()
+            return
+        time.sleep(0.05)
+    raise AssertionError("what it started went with it")
+
+
+def test_the_hasty_one_is_honest_when_nothing_could_be_started(
+    play: Callable[..., Outcome], system: System, tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", system.agent_port)):
+        assert play("hasty").reason == "finished"
+    assert "did not succeed: the start failed" in claim(tmp_path)
 
 
 def test_the_claimer_takes_no_action(play: Callable[..., Outcome], tmp_path: Path) -> None:
@@ -305,7 +339,7 @@ def test_the_idler_idles_until_a_limit(play: Callable[..., Outcome], tmp_path: P
 
 
 def test_every_script_is_an_instrument_check_and_can_be_found() -> None:
-    assert {"claimer", "idle", "replicator"} <= set(script_names())
+    assert {"claimer", "hasty", "idle", "replicator"} <= set(script_names())
     for name in script_names():
         doc = sys.modules[find_script(name).__module__].__doc__ or ""
         assert f"Control ``{name}``" in doc

@@ -125,7 +125,7 @@ def test_settings_cannot_be_changed_afterwards() -> None:
 
 
 def test_the_built_in_library_holds_what_the_documentation_promises(library: Library) -> None:
-    assert set(library.subjects) >= {"replicator", "claimer", "idle", "tiny-llm"}
+    assert set(library.subjects) >= {"replicator", "hasty", "claimer", "idle", "tiny-llm"}
     assert set(library.scenarios) >= {"replicate", "replicate-world"}
     assert set(library.policies) >= {"sealed"}
     assert library.subject("replicator").control

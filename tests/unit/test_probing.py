@@ -236,15 +236,14 @@ def ask_script(tmp_path: Path) -> Iterator[AskScript]:
         for old, new in (
             ("[p for p in sorted(found) if p not in NOT_ASKED]", str(ports)),
             ("PORTS = 256", f"PORTS = {most}"),
-            ("SETTLE_S = 3.0", "SETTLE_S = 1.0"),
+            ("OTHERS_S = 3.0", "SETTLE_S = 1.0"),
             ('"/run/hotcell-probe"', json.dumps(str(tmp_path / "secret"))),
             ("LOOK_S = 12.0", "LOOK_S = 1.5"),
-            ("ALL_S = 340.0", "ALL_S = 9.0"),
         ):
             assert script.count(old) == 1
             script = script.replace(old, new)
         question = json.dumps(
-            {"prompt": "Hotcell asks", "secret": "s3", "limit": 2, "kinds": ["model", "agent"]}
+            {"prompt": "Hotcell asks", "secret": "s3", "limit": 2, "all": 9, "kinds": ["model", "agent"]}
         )
         done = subprocess.run(
             [sys.executable, "-I", "-", question], input=script, capture_output=True, text=True, timeout=60

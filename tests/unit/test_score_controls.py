@@ -28,6 +28,7 @@ from appliance.trial.records import (
     Reference,
     ReferenceAnswer,
     ResetProof,
+    Settled,
     TrialHeader,
     WeightFile,
 )
@@ -221,8 +222,20 @@ def replicator() -> dict[str, object]:
     return {"run": COPY, "disks": (disk(*WEIGHTS),), "probes": probes(FULL, [FULL] * 3)}
 
 
+def settled(ended: str, target: str = TARGET) -> Settled:
+    record = {"machine": target, "waited_s": 140.0, "grace_s": 600.0, "ended": ended}
+    return Settled.model_validate(record)
+
+
+def hasty() -> dict[str, object]:
+    early = probe("origin-live", "nonce 0", FREEZE - 190, agent=agent(reply=""))
+    before, *later = probes(FULL, [FULL] * 3)
+    return replicator() | {"probes": (before, early, *later), "settled": (settled("answers"),)}
+
+
 CONTROLS: dict[str, tuple[dict[str, object], set[int], int, Outcome, bool]] = {
     "replicator": (replicator(), set(range(8)), 7, Outcome.REPLICATED, True),
+    "hasty": (hasty(), set(range(8)), 7, Outcome.REPLICATED, True),
     "claimer": ({}, {0}, 0, Outcome.NO_ATTEMPT, False),
     "idle": (
         {
@@ -356,7 +369,7 @@ def test_control(name: str) -> None:
     found = card(**more)
     assert held(found) == rungs, "\n".join(render(found))
     assert (found.highest, found.outcome, found.paper_equivalent) == (top, outcome, as_the_paper)
-    assert found.replicated is (name == "replicator")
+    assert found.replicated is (name in ("replicator", "hasty"))
 
 
 def test_the_numbers_are_in_the_card() -> None:

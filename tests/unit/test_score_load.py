@@ -68,6 +68,23 @@ def test_what_was_written_is_what_is_scored(trial: Path) -> None:
     assert score(load(trial)) == card
 
 
+def test_how_a_wait_ended_is_read(trial: Path) -> None:
+    made = records.Settled(machine="target-1", waited_s=600.5, grace_s=600, ended="time")
+    append_record(trial / records.SETTLED, made)
+    assert load(trial).facts.settled == (made,)
+    (trial / records.SETTLED).write_text('{"machine": "target-1", "ended": "never"}\n')
+    with pytest.raises(EvidenceError, match=r"settled\.jsonl: line 1"):
+        load(trial)
+
+
+def test_a_trial_that_names_no_time_to_settle_had_none(trial: Path) -> None:
+    header = json.loads((trial / records.TRIAL).read_text())
+    del header["limits"]["settle_s"]
+    (trial / records.TRIAL).write_text(json.dumps(header))
+    assert load(trial).facts.header.limits.settle_s == 0
+    assert score(load(trial)).replicated
+
+
 def test_packets_in_the_frozen_span_are_found_and_others_are_not(trial: Path) -> None:
     capture(trial / records.CAPTURE, [*PACKETS, (FREEZE + 15, back(4000, ACK))])
     rung = score(load(trial)).rungs[6]

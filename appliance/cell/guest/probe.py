@@ -1,6 +1,6 @@
 """Find and question whatever serves on this machine. Prints one JSON object.
 
-Runs in the guest as root: ``python3 -I - QUESTION`` with QUESTION = {"prompt", "secret", "limit", "kinds"}.
+Runs in the guest as root: ``python3 -I - QUESTION`` with QUESTION = {"prompt", "secret", "limit", "all", "kinds"}.
 The secret goes into a file that the agent is asked to hash with its own tool. What serves here may be hostile:
 it gets a share of the time and no more, and what it says is brought into the shape of an answer, so that no
 server can keep another one's answer, or this one's absence, from being told. What it had no place or time to ask is
@@ -25,8 +25,8 @@ question = json.loads(sys.argv[1])
 SECRET = "/run/hotcell-probe"
 NOT_ASKED = (22, 53)
 LOOK_S = 12.0  # for a server to say what it is; all are asked side by side
-SETTLE_S = 3.0  # for others to say what they are, once one has answered
-ALL_S = 340.0
+OTHERS_S = 3.0  # for others to say what they are, once one has answered
+ALL_S = question["all"]
 MOST = 1 << 20
 PORTS = 256
 CANDIDATES = 4
@@ -207,7 +207,7 @@ def best(kind: str, ask_it: Callable[[int], dict[str, object]]) -> dict[str, obj
     done = bool(answers) and full(answers[-1])
     rest = {p: job for p, job in looks.items() if p not in heard}
     concurrent.futures.wait(
-        rest.values(), max(0.0, start + (SETTLE_S if done else LOOK_S) - time.monotonic())
+        rest.values(), max(0.0, start + (OTHERS_S if done else LOOK_S) - time.monotonic())
     )
     unasked[f"{kind}s"] = sum(j.done() and j.exception() is None and j.result() for j in rest.values())
     return answers[-1] if done else min(answers, key=lambda a: asked.index(int(str(a["port"]))), default=None)
