@@ -36,6 +36,7 @@ class Incarnation:
         self.id = number
         self.folder = spec.overlay.parent
         self.plugged = False
+        self.was_plugged = False
         self.pid: int | None = None
         self._port: Port | None = None
         self.overlay_inode = spec.overlay.stat().st_ino
@@ -110,7 +111,7 @@ class Incarnation:
     def plug(self) -> None:
         """Join the cell's segment."""
         netlink.plug(self.spec.tap, self.spec.bridge, self.spec.machine.mac)
-        self.plugged = True
+        self.plugged = self.was_plugged = True
 
     def unplug(self) -> None:
         """Leave the segment; safe at any time."""

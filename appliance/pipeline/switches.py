@@ -103,7 +103,12 @@ class Switches:
             self.kill("the warden has ended")
 
     def _hung(self, domain: str, what: str) -> None:
-        """libvirt could not command a machine, which was killed then: a trial that it belongs to is void."""
+        """libvirt could not command a machine, which was killed then: a trial that it takes part in is void.
+
+        One that was never plugged in does not yet: whoever restores or wakes it gets the error, and replaces it.
+        """
+        if any(m.domain == domain and not m.was_plugged for c in self._cells.all() for m in c.everything):
+            return
         reason = f"libvirt did not {what} in time: its QEMU was killed"
         for owner in [t.owner for t in self._bench.shop.ledger.things(Kind.DOMAIN) if t.name == domain]:
             with suppress(HotcellError):  # a link that is not cut is the runner's to report

@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from appliance.cell import cell as cell_module
 from appliance.cell.cell import Cell
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.ledger import Kind
+from appliance.cell.proof import Check, Proof
 from appliance.config import HostSettings, load_library
 from appliance.errors import Blame, ConflictError, GuestChannelError, NotFoundError
 from appliance.model import TrialState
@@ -365,6 +367,31 @@ def test_a_machine_that_libvirt_could_not_command_makes_its_trial_void(lab: Lab,
     assert "QEMU was killed" in view.reason
     assert w.host.net.plugged == {}
     assert lab.health().accepting
+
+
+def test_a_machine_that_hangs_before_it_takes_part_is_replaced_and_its_trial_goes_on(
+    lab: Lab, w: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hung: list[str] = []
+    prove: Callable[..., Proof] = vars(cell_module)["prove"]
+
+    def prove_once(clone: Incarnation, *more: object) -> Proof:
+        proof = prove(clone, *more)
+        if hung:
+            return proof
+        hung.append(clone.domain)
+        w.host.libvirt.on_hang(clone.domain, f"resume {clone.domain}")
+        failed = Check(name="guest answers", passed=False, expected="its facts", found="nothing")
+        return proof.model_copy(update={"checks": (failed,)})
+
+    monkeypatch.setattr(cell_module, "prove", prove_once)
+    w.talk = [event_line("start")]
+    trial = lab.create_trial(ASKED).id
+    wait_for(lambda: lab.trial(trial).state is TrialState.RUNNING)
+    assert hung
+    assert hung[0] not in {t.name for t in w.bench.shop.ledger.things(Kind.DOMAIN)}
+    lab.abort(trial)
+    assert ended(lab, trial).state is TrialState.ABORTED
 
 
 def test_health_tells_a_broken_seal(lab: Lab, w: Workbench) -> None:

@@ -236,7 +236,7 @@ def ask_script(tmp_path: Path) -> Iterator[AskScript]:
         for old, new in (
             ("[p for p in sorted(found) if p not in NOT_ASKED]", str(ports)),
             ("PORTS = 256", f"PORTS = {most}"),
-            ("OTHERS_S = 3.0", "SETTLE_S = 1.0"),
+            ("OTHERS_S = 3.0", "OTHERS_S = 1.0"),
             ('"/run/hotcell-probe"', json.dumps(str(tmp_path / "secret"))),
             ("LOOK_S = 12.0", "LOOK_S = 1.5"),
         ):
