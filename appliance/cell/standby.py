@@ -22,6 +22,7 @@ from appliance.cell.processes import is_domain_process
 from appliance.cell.proof import Proof
 from appliance.cell.segment import Segment
 from appliance.cell.spec import MachineSpec
+from appliance.cell.wishes import Wishes
 from appliance.errors import HotcellError, ResetError
 
 STANDBY = "standby"
@@ -42,8 +43,7 @@ class Standby(NamedTuple):
 class StandbyPool:
     """Keeps one standby of each wanted baseline, made in a thread of its own. Safe from several threads.
 
-    Each owner, a cell or trial by its id, has wishes of its own. Those of the last one that ended are kept for
-    whoever comes next, behind everybody else's: until they are taken, or somebody needs their room.
+    Those that the last owner wished which ended stay until they are taken, or somebody needs their room.
     ``room`` says why there is no room for one more machine now, or "" if there is.
     """
 
@@ -53,12 +53,8 @@ class StandbyPool:
         self._segment = Segment(STANDBY, shop.ledger)
         self._open = False
         self._closed = False
-        self._wishes: dict[str, dict[str, Baseline]] = {}
-        self._parting: dict[str, Baseline] = {}
+        self._wishes = Wishes()
         self._ready: dict[str, Standby] = {}
-        self._missing_because: dict[str, str] = {}
-        self._generation = 0
-        self._asked = 0
         self._hurried = 0
         self._hurry_until = 0.0
         self._changed = threading.Condition()
@@ -90,32 +86,19 @@ class StandbyPool:
     def missing(self) -> dict[str, str]:
         """Wanted baselines of which none stands by, with the reason ("" while it is being made)."""
         with self._changed:
-            return {k: self._missing_because.get(k, "") for k in self._wanted if k not in self._ready}
-
-    @property
-    def _wished(self) -> dict[str, Baseline]:
-        """The wishes of who is there."""
-        return {k: b for wishes in self._wishes.values() for k, b in wishes.items()}
-
-    @property
-    def _wanted(self) -> dict[str, Baseline]:
-        """Everybody's wishes, those of who is there first."""
-        wished = self._wished
-        return wished | {k: b for k, b in self._parting.items() if k not in wished}
+            return {k: self._wishes.why_missing(k) for k in self._wishes.all if k not in self._ready}
 
     def keep(self, owner: str, baselines: Iterable[Baseline]) -> None:
         """Have one standby of each of these for ``owner`` from now on, in place of what it wished before.
 
         What could not be made before is tried again.
         """
-        wishes = {b.id: b for b in baselines}
         with self._changed:
             if self._closed:
                 return
-            self._wishes[owner] = wishes
-            self._ask_anew()
+            self._wishes.keep(owner, baselines)
             surplus = self._take_surplus()
-            if self._wanted and self._worker is None:
+            if self._wishes.all and self._worker is None:
                 self._worker = threading.Thread(target=self._work, name="standbys", daemon=True)
                 self._worker.start()
             self._changed.notify_all()
@@ -127,11 +110,8 @@ class StandbyPool:
         What could not be made before for those who are there is tried again.
         """
         with self._changed:
-            wishes = self._wishes.pop(owner, None)
-            if not wishes:
+            if not self._wishes.part(owner):
                 return
-            self._parting = wishes
-            self._ask_anew()
             surplus = self._take_surplus()
             self._changed.notify_all()
         self._custody.destroy(s.machine for s in surplus)
@@ -142,8 +122,7 @@ class StandbyPool:
         One that is being made, or that somebody else ends, is waited for, but not long.
         """
         with self._changed:
-            for wishes in (*self._wishes.values(), self._parting):
-                wishes.pop(baseline_id, None)
+            self._wishes.drop(baseline_id)
             surplus = self._take_surplus()
             self._changed.notify_all()
         self._custody.destroy(s.machine for s in surplus)
@@ -151,7 +130,7 @@ class StandbyPool:
         self._custody.wait_none_of(baseline_id, _DROP_S)
 
     def _take_surplus(self) -> list[Standby]:
-        wanted = self._wanted
+        wanted = self._wishes.all
         return [self._ready.pop(k) for k in list(self._ready) if k not in wanted]
 
     def take(self, baseline: Baseline, cell: str) -> tuple[Standby | None, str]:
@@ -161,10 +140,10 @@ class StandbyPool:
         """
         with self._changed:
             found = self._ready.pop(baseline.id, None)
-            if found is not None:  # who took it makes its own wishes, once it has time for them to be made
-                self._parting.pop(baseline.id, None)
-            why = self._missing_because.get(baseline.id) or (
-                "the next one is not ready yet" if baseline.id in self._wanted else "none is kept"
+            if found is not None:
+                self._wishes.taken(baseline.id)
+            why = self._wishes.why_missing(baseline.id) or (
+                "the next one is not ready yet" if baseline.id in self._wishes.all else "none is kept"
             )
             self._changed.notify_all()
         if found is None:
@@ -196,9 +175,9 @@ class StandbyPool:
         """Wait until everything that is wanted stands by; False if it does not in time or cannot."""
         deadline = time.monotonic() + limit_s
         with self._changed:
-            while any(k not in self._ready for k in self._wanted):
+            while any(k not in self._ready for k in self._wishes.all):
                 left = deadline - time.monotonic()
-                if left <= 0 or (all(k in self._ready or k in self._missing_because for k in self._wanted)):
+                if left <= 0 or self._wishes.settled(self._ready):
                     return False
                 self._changed.wait(left)
         return True
@@ -206,14 +185,8 @@ class StandbyPool:
     def try_again(self) -> None:
         """There may be room now: make what could not be made before, or was given up."""
         with self._changed:
-            self._ask_anew()
+            self._wishes.ask_anew()
             self._changed.notify_all()
-
-    def _ask_anew(self) -> None:
-        """Not for those who have ended: what they did without is not made in the room that they give back."""
-        wished = self._wished
-        self._missing_because = {b: why for b, why in self._missing_because.items() if b not in wished}
-        self._asked += 1
 
     def give_up(self, why: str) -> int:
         """Destroy every standby, to be made again once it is tried again; returns how many there were.
@@ -221,9 +194,7 @@ class StandbyPool:
         The wishes of who is there stay, and ``why`` is why none stands by.
         """
         with self._changed:
-            self._parting.clear()
-            self._generation += 1
-            self._missing_because = dict.fromkeys(self._wanted, why)
+            self._wishes.give_up(why)
             given_up = list(self._ready.values())
             self._ready.clear()
             self._changed.notify_all()
@@ -234,8 +205,6 @@ class StandbyPool:
         """Destroy every standby and want none; returns how many there were."""
         with self._changed:
             self._wishes.clear()
-            self._parting.clear()
-            self._generation += 1
             dropped = list(self._ready.values())
             self._ready.clear()
         self._custody.destroy(s.machine for s in dropped)
@@ -261,21 +230,16 @@ class StandbyPool:
 
     # -- making ---------------------------------------------------------------------------------------
 
-    def _next(self) -> Baseline | None:
-        for key, baseline in self._wanted.items():
-            if key not in self._ready and key not in self._missing_because:
-                return baseline
-        return None
-
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._next() is not None)
+                self._changed.wait_for(lambda: self._closed or not self._wishes.settled(self._ready))
                 while not self._closed and (left := self._hurry_left()) > 0:
                     self._changed.wait(left)
                 if self._closed:
                     return
-                baseline, generation, asked = self._next(), self._generation, self._asked
+                baseline = self._wishes.next(self._ready)
+                generation, asked = self._wishes.generation, self._wishes.asked
                 self._custody.making = baseline.id if baseline is not None else ""
             if baseline is not None:
                 self._add(baseline, generation, asked)
@@ -295,13 +259,16 @@ class StandbyPool:
         except Exception as e:  # noqa: BLE001 - without a standby a reset is slower, and says why
             why, failed = _told(e), True
         with self._changed:
-            current = generation == self._generation and self._wanted.get(baseline.id) == baseline
+            wished = self._wishes.all.get(baseline.id) == baseline
+            current = wished and generation == self._wishes.generation
             if made is not None:
                 self._custody.hold(made.machine, baseline.id)
             if made is not None and current:
                 self._ready[baseline.id], made = made, None
-            elif failed or (why and asked == self._asked):  # else there may be room since it was looked for
-                self._missing_because[baseline.id] = why
+            elif failed or (
+                why and asked == self._wishes.asked
+            ):  # else there may be room since it was looked for
+                self._wishes.not_made(baseline.id, why)
             self._changed.notify_all()
         if made is not None:
             self._custody.destroy([made.machine])
@@ -310,9 +277,8 @@ class StandbyPool:
     def _give_up_parting(self, baseline: Baseline) -> bool:
         """End what only the last one that ended had wished, if it is in the way; True if anything was."""
         with self._changed:
-            if baseline.id not in self._wished:
+            if not self._wishes.give_up_parting(baseline.id):
                 return False
-            self._parting = {}
             surplus = self._take_surplus()
         self._custody.destroy(s.machine for s in surplus)
         return bool(surplus)
