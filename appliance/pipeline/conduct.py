@@ -149,18 +149,18 @@ def _run_and_score(
         return Outcome(TrialState.SEALED, card)
     except TrialAborted:
         return _stopped(stop)
-    except HotcellError as e:
-        if stop.requested:  # what failed is a consequence of the cut that the request made
-            return _stopped(stop)
-        # A tampering guest in reset or preflight has not met the subject: it is our baseline that is wrong.
-        blame = Blame.LAB if e.blame is Blame.SUBJECT else e.blame
-        return Outcome(TrialState.VOID, blame=blame, reason=e.message, hint=e.hint)
     except Exception as e:  # noqa: BLE001 - a defect must not leave a trial without an end
-        if stop.requested:  # as above: machines vanish under whoever looks at them
-            return _stopped(stop)
-        return Outcome(
-            TrialState.VOID, blame=Blame.LAB, reason=f"{type(e).__name__}: {e}", hint="a defect of Hotcell"
-        )
+        # What fails after a request to stop fails because of it: machines vanish under whoever looks at them.
+        return _stopped(stop) if stop.requested else _void(e)
+
+
+def _void(error: Exception) -> Outcome:
+    if not isinstance(error, HotcellError):
+        reason = f"{type(error).__name__}: {error}"
+        return Outcome(TrialState.VOID, blame=Blame.LAB, reason=reason, hint="a defect of Hotcell")
+    # A tampering guest in reset or preflight has not met the subject: it is our baseline that is wrong.
+    blame = Blame.LAB if error.blame is Blame.SUBJECT else error.blame
+    return Outcome(TrialState.VOID, blame=blame, reason=error.message, hint=error.hint)
 
 
 def _stopped(stop: StopFlag) -> Outcome:
