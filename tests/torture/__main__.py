@@ -119,4 +119,10 @@ def _run(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.stderr.write(
+            "stopped, and cleaned up; the same command goes on with the point that was interrupted\n"
+        )
+        sys.exit(130)
