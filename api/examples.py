@@ -114,6 +114,7 @@ EXAMPLES: dict[type[BaseModel], dict[str, Any]] = {
         "memory_mib": 3584,
         "vcpus": 2,
         "devices": [],
+        "firmware": "bios",
         "accelerator": "tcg",
         "versions": {"libvirt": "9.0.0", "qemu": "7.2.0"},
         "layers": [

@@ -37,6 +37,13 @@ class Accelerator(StrEnum):
     TCG = "tcg"
 
 
+class Firmware(StrEnum):
+    """What a machine starts its kernel with. UEFI keeps variables in a file of the machine's own, its NVRAM."""
+
+    BIOS = "bios"
+    UEFI = "uefi"
+
+
 class TrialState(StrEnum):
     """The states of a trial, in order; the last three end it.
 

@@ -7,6 +7,7 @@ cd "$(dirname "$0")/.."
 
 packages=(
   qemu-system-x86 qemu-utils           # the machines and their disks
+  ovmf                                 # UEFI firmware, for machines with passed-through devices
   libvirt-daemon-driver-qemu           # libvirt's QEMU driver, run inside our own process
   libvirt-dev pkg-config gcc libc6-dev python3-dev # libvirt-python is built from source
   python3-venv

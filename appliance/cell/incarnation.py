@@ -6,12 +6,14 @@ An incarnation is started paused and unplugged, and nothing but :meth:`plug` joi
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import secrets
 import shutil
 import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from appliance.cell import netlink, overlay
 from appliance.cell.domain import DomainSpec, domain_xml
@@ -23,8 +25,22 @@ from appliance.cell.qga import Qga
 from appliance.cell.spec import MachineSpec, bridge_name, tap_name
 from appliance.errors import HotcellError, LabError
 from appliance.host.clock import wait_until
+from appliance.host.firmware import require_uefi
 from appliance.host.paths import Paths
-from appliance.model import Accelerator
+from appliance.model import Accelerator, Firmware
+
+
+class OwnFile(NamedTuple):
+    """A file that was made for one incarnation, before it started."""
+
+    what: str
+    path: Path
+    inode: int
+
+    @classmethod
+    def made(cls, what: str, path: Path) -> OwnFile:
+        """The one that lies there now."""
+        return cls(what, path, path.stat().st_ino)
 
 
 class Incarnation:
@@ -39,7 +55,11 @@ class Incarnation:
         self.was_plugged = False
         self.pid: int | None = None
         self._port: Port | None = None
-        self.overlay_inode = spec.overlay.stat().st_ino
+        self.own_files = [OwnFile.made("overlay", spec.overlay)]
+        self.nvram_sha256 = ""  # as it was before the machine started; without one, libvirt makes it then
+        if spec.nvram is not None and spec.nvram.exists():
+            self.own_files.append(OwnFile.made("NVRAM", spec.nvram))
+            self.nvram_sha256 = hashlib.sha256(spec.nvram.read_bytes()).hexdigest()
         self._libvirt = libvirt
         self._ledger = ledger
         self.qga = Qga(
@@ -229,6 +249,7 @@ def prepare(
     *,
     owner: str,
     backing: Path,
+    nvram: Path | None,
     ram_file: Path | None,
     incoming: bool,
     accelerator: Accelerator,
@@ -238,16 +259,25 @@ def prepare(
 ) -> Incarnation:
     """Make the folder and the overlay of a new incarnation; nothing runs yet, and nothing is left on failure.
 
+    A machine with UEFI gets a copy of ``nvram``, or without one its firmware's own when it first starts.
+
     Raises:
         CommandError: the overlay could not be made (a full disk, a missing layer).
+        PrerequisiteError: the machine needs UEFI firmware and the host has none.
+        OSError: the NVRAM could not be copied.
     """
+    if machine.firmware is Firmware.UEFI:
+        require_uefi()
     number = secrets.token_hex(4)
     folder = paths.cells / cell / f"{machine.name}-{number}"
     ledger.enter(Kind.FOLDER, str(folder), cell)
     folder.mkdir(parents=True, mode=0o700)
-    top = folder / "disk.qcow2"
+    top, flash = folder / "disk.qcow2", folder / "nvram.fd"
     try:
         overlay.create_overlay(top, backing)
+        if nvram is not None:
+            flash.write_bytes(nvram.read_bytes())
+            flash.chmod(0o600)
     except BaseException:
         shutil.rmtree(folder)
         ledger.strike(Kind.FOLDER, str(folder))
@@ -259,6 +289,7 @@ def prepare(
         machine=machine,
         accelerator=accelerator,
         overlay=top,
+        nvram=flash if machine.firmware is Firmware.UEFI else None,
         ram_file=ram_file,
         incoming=incoming,
         bridge=bridge_name(cell),

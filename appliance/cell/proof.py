@@ -19,7 +19,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from appliance.cell import overlay
-from appliance.cell.incarnation import Incarnation
+from appliance.cell.incarnation import Incarnation, OwnFile
 from appliance.cell.netlink import namespace_inode
 from appliance.cell.port import Port
 from appliance.cell.qga import Qga
@@ -196,21 +196,25 @@ def host_checks(machine: Incarnation, expected: Expected) -> Iterator[Check]:
 
 def disk_checks(machine: Incarnation, expected: tuple[Path, ...]) -> Iterator[Check]:
     """What QEMU has open and below its disk, and where it runs; ``expected`` are the layers below its own."""
-    own = machine.spec.overlay
-    below = _seen(lambda: [str(p) for p in overlay.backing_chain(own)[1:]])
+    pid, top = machine.pid, machine.spec.overlay
+    below = _seen(lambda: [str(p) for p in overlay.backing_chain(top)[1:]])
     yield _same("backing chain", str([str(p) for p in expected]), below)
-    inode = _seen(lambda: own.stat().st_ino)
-    yield _same("overlay is the file made for this incarnation", str(machine.overlay_inode), inode)
-    open_files = _open_files(machine.pid)
-    yield Check(
-        name="QEMU has this overlay open",
-        passed=str(own) in open_files,
-        expected=str(own),
-        found="open" if str(own) in open_files else "not open",
-    )
-    pid = machine.pid
+    for file in machine.own_files:
+        yield from _own_file_checks(pid, file)
     where = _seen(lambda: namespace_inode(pid)) if pid else "no process"
     yield _same("QEMU runs in the sealed namespace", str(namespace_inode()), where)
+
+
+def _own_file_checks(pid: int | None, file: OwnFile) -> Iterator[Check]:
+    inode = _seen(lambda: file.path.stat().st_ino)
+    yield _same(f"{file.what} is the file made for this incarnation", str(file.inode), inode)
+    is_open = str(file.path) in _open_files(pid)
+    yield Check(
+        name=f"QEMU has this {file.what} open",
+        passed=is_open,
+        expected=str(file.path),
+        found="open" if is_open else "not open",
+    )
 
 
 def _seen(look: Callable[[], object]) -> str:

@@ -15,7 +15,6 @@ from typing import Any
 
 from appliance.cell import migration
 from appliance.cell.baseline import (
-    DISK,
     RAM,
     STATE,
     Baseline,
@@ -27,7 +26,7 @@ from appliance.cell.baseline import (
     record_expected,
     require_kind,
 )
-from appliance.cell.baseline.template import new_record, record_cold, shut_down
+from appliance.cell.baseline.template import new_record, record_cold, shut_down, take_files
 from appliance.cell.cell import Cell
 from appliance.cell.incarnation import Incarnation
 from appliance.errors import ConflictError, LabError
@@ -73,8 +72,7 @@ def snapshot(
             machine.unplug()
             shut_down(machine)
         cell.give_up(name).destroy(keep_folder=True)
-        machine.spec.overlay.rename(site.folder / DISK)
-        machine.remove_folder()
+        take_files(machine, site)
         return publish(new_record(kind, site, began, fields), site.folder)
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from appliance.build import Image
 from appliance.errors import UserError
-from appliance.model import Frozen, Name, PciAddress, Role, Sha256
+from appliance.model import Firmware, Frozen, Name, PciAddress, Role, Sha256
 
 SEGMENT = "10.77.0"
 SEGMENT6 = "fd77::"
@@ -53,7 +53,10 @@ class GuestImage(Frozen):
 
 
 class MachineSpec(Frozen):
-    """One machine of a cell. Memory in MiB; ``devices`` are host functions passed through to it."""
+    """One machine of a cell. Memory in MiB; ``devices`` are host functions passed through to it.
+
+    One with devices has UEFI firmware: a GPU's large memory needs it.
+    """
 
     name: Name
     role: Role
@@ -61,6 +64,13 @@ class MachineSpec(Frozen):
     memory_mib: int = Field(ge=64)
     vcpus: int = Field(ge=1)
     devices: tuple[PciAddress, ...] = ()
+    firmware: Firmware = Firmware.BIOS
+
+    @model_validator(mode="after")
+    def _firmware_fits(self) -> MachineSpec:
+        if self.devices and self.firmware is not Firmware.UEFI:
+            raise ValueError("a machine with passed-through devices has UEFI firmware")
+        return self
 
     @property
     def host_number(self) -> int:

@@ -328,11 +328,12 @@ def _require_unchanged(standby: Standby, baseline: Baseline) -> None:
         *(["it was plugged in"] if machine.plugged else []),
         *(["its process is another"] if not is_domain_process(machine.pid or 0, machine.domain) else []),
     ]
-    try:
-        if machine.spec.overlay.stat().st_ino != machine.overlay_inode:
-            problems.append("its overlay is another file")
-    except OSError as e:
-        problems.append(f"its overlay: {e.strerror}")
+    for file in machine.own_files:
+        try:
+            if file.path.stat().st_ino != file.inode:
+                problems.append(f"its {file.what} is another file")
+        except OSError as e:
+            problems.append(f"its {file.what}: {e.strerror}")
     if problems:
         raise ResetError(f"the standby of {baseline.id}: " + ", ".join(problems))
 

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from appliance.cell import netlink, processes
+from appliance.cell.baseline.kinds import RamBaseline
 from appliance.cell.baseline.places import marked
-from appliance.cell.baseline.record import RamBaseline, find_broken, read_all
+from appliance.cell.baseline.record import find_broken, read_all
 from appliance.cell.domain import OWNER_NS
 from appliance.cell.ledger import Kind, Ledger
 from appliance.cell.libvirt_door import DomainState, Libvirt

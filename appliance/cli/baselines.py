@@ -77,6 +77,7 @@ def described(view: BaselineDetail) -> str:
     facts = [
         ("machine", f"{view.machine}, {view.memory_mib} MiB, {view.vcpus} virtual CPUs"),
         ("devices", " ".join(view.devices) or "none"),
+        ("firmware", view.firmware),
         ("kind", view.kind),
         ("image", f"{view.image} {view.image_digest[:12]}"),
         ("made", f"{made} by {view.created_by}, {view.seconds:.1f} s, {view.accelerator}"),

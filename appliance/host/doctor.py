@@ -11,6 +11,7 @@ from typing import Final, Literal
 from appliance.config import HostSettings, load_library
 from appliance.config.catalogue import BUILT_IN
 from appliance.errors import ConfigError
+from appliance.host import firmware
 from appliance.host.facts import PROGRAMS, HostFacts, gather
 from appliance.host.paths import Paths
 from appliance.host.pci import PciDevice, group_members
@@ -249,7 +250,15 @@ def _passthrough(facts: HostFacts) -> tuple[Finding, ...]:
         "enable VT-d or AMD-Vi in the firmware and boot with intel_iommu=on or amd_iommu=on",
         "warn",
     )
-    return (iommu, *(_gpu(card, facts.devices) for card in cards))
+    uefi = _check(
+        "UEFI firmware",
+        bool(facts.uefi),
+        facts.uefi[0] if facts.uefi else "none",
+        "OVMF without Secure Boot, for machines that a GPU is handed to",
+        f"{_SETUP}, or {firmware.HINT}",
+        "warn",
+    )
+    return (iommu, uefi, *(_gpu(card, facts.devices) for card in cards))
 
 
 def _gpu(card: PciDevice, devices: tuple[PciDevice, ...]) -> Finding:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from appliance.errors import HotcellError
-from appliance.host import command, pci
+from appliance.host import command, firmware, pci
 from appliance.host.accelerator import AcceleratorReport, Wanted, probe_accelerator
 from appliance.host.capacity import HostCapacity, host_capacity
 from appliance.host.paths import Paths
@@ -70,6 +70,7 @@ class HostFacts(Frozen):
     cache_free: int  # bytes on the file system of the cache
     iommu_groups: int
     devices: tuple[pci.PciDevice, ...]
+    uefi: tuple[str, ...]  # firmware files
     clock_source: str
     wall_clock: float
 
@@ -99,6 +100,7 @@ def gather(
         cache_free=host_capacity(paths.cache).disk_free,
         iommu_groups=pci.iommu_group_count(sysfs),
         devices=pci.pci_devices(sysfs),
+        uefi=firmware.uefi_firmware(),
         clock_source=_text(sysfs / "devices/system/clocksource/clocksource0/current_clocksource"),
         wall_clock=time.time(),
     )

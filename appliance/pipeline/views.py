@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from appliance.build import Image
-from appliance.cell.baseline import Baseline, DiskBaseline, RamBaseline
+from appliance.cell.baseline import NVRAM, Baseline, DiskBaseline, RamBaseline
 from appliance.cell.cell import Cell
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.overlay import used_bytes
@@ -65,7 +65,7 @@ def baseline_detail(baseline: Baseline, needed_by: tuple[str, ...], problem: str
     return BaselineDetail(
         **baseline_view(baseline).model_dump(), folder=str(baseline.folder), memory=str(memory or ""),
         memory_mib=baseline.machine.memory_mib, vcpus=baseline.machine.vcpus, devices=baseline.machine.devices,
-        accelerator=baseline.accelerator, versions=baseline.versions,
+        firmware=baseline.machine.firmware, accelerator=baseline.accelerator, versions=baseline.versions,
         layers=tuple(str(p) for p in baseline.expected.chain),
         files=tuple(
             BaselineFile(name=n, sha256=f.sha256, size=f.size, used=used_bytes(baseline.path(n)))
@@ -79,6 +79,8 @@ def _held_against(baseline: Baseline) -> dict[str, str]:
     """What a proof compares with; the nonce is told in part, since it is a secret until it is used."""
     expected = baseline.expected
     common = {"disk sentinel": "absent", "RAM sentinel": "absent", "backing chain": "as recorded"}
+    if NVRAM in baseline.files:
+        common["NVRAM"] = "a copy of the baseline's"
     if isinstance(baseline, DiskBaseline):
         return {**common, "boot id": f"another than {expected.boot_id}", "RAM nonce": "absent"}
     return {

@@ -7,7 +7,18 @@ from typing import Literal
 from pydantic import Field
 
 from appliance.errors import Blame
-from appliance.model import Accelerator, Frozen, Name, PciAddress, Role, Sha256, Stopped, TrialId, TrialState
+from appliance.model import (
+    Accelerator,
+    Firmware,
+    Frozen,
+    Name,
+    PciAddress,
+    Role,
+    Sha256,
+    Stopped,
+    TrialId,
+    TrialState,
+)
 from appliance.service.requests import Key
 from appliance.trial.records import ResetProof
 
@@ -108,6 +119,7 @@ class BaselineDetail(BaselineView):
     memory_mib: int
     vcpus: int
     devices: tuple[PciAddress, ...] = Field(description="Host devices passed through to the machine.")
+    firmware: Firmware = Field(description="What it boots with; `uefi` keeps variables in a file of its own.")
     accelerator: Accelerator
     versions: dict[str, str]
     layers: tuple[str, ...] = Field(description="Disk layers from the top down; the last is the image's.")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from appliance.cell import baseline as saved
-from appliance.cell.baseline import Baseline, BaselineKind, BaselineStore, CreatedBy, Workshop
+from appliance.cell.baseline import Baseline, BaselineKind, BaselineStore, CreatedBy, Workshop, why_cold
 from appliance.cell.cell import Cell
 from appliance.cell.credentials import SshKeys
 from appliance.cell.incarnation import Incarnation
@@ -43,8 +43,8 @@ class BaselineShelf:
         check: Callable[[], None] = lambda: None,
         created_by: CreatedBy = "trial",
     ) -> dict[str, Baseline]:
-        """A good baseline for each machine, by machine name: of its disk if devices are passed through to it,
-        which allow no other, else of its RAM.
+        """A good baseline for each machine, by machine name: of its RAM, or of its disk if it can
+        have no other.
 
         One that was saved by an earlier process is read whole once before its first use here; one whose
         files changed is made anew. ``check`` is called often while this waits; what it raises ends the
@@ -138,4 +138,4 @@ class BaselineShelf:
 
 
 def _kind(machine: MachineSpec) -> BaselineKind:
-    return "disk" if machine.devices else "ram"
+    return "disk" if why_cold(machine.devices, machine.firmware) else "ram"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from appliance.cell import cell as cell_module
-from appliance.cell import overlay, standby
+from appliance.cell import incarnation, overlay, standby
 from appliance.cell.baseline import DISK, RAM, Baseline, RamBaseline, Workshop
 from appliance.cell.cell import Cell
 from appliance.cell.incarnation import Incarnation
@@ -60,6 +60,7 @@ class Host:
         for module in (cell_module, standby):
             monkeypatch.setattr(module, "restore", self._restore)
             monkeypatch.setattr(module, "prove", self._prove)
+        monkeypatch.setattr(incarnation, "require_uefi", lambda: None)
         monkeypatch.setattr(standby, "is_domain_process", lambda pid, _name: pid == os.getpid())
 
     def _restore(self, shop: Workshop, saved: Baseline, cell: str) -> Incarnation:

@@ -34,6 +34,7 @@ from appliance.model import Accelerator, Role
 from appliance.trial import probing
 
 DIGEST = "d" * 64
+NVRAM_TEMPLATE = b"_FVH no variables"
 # Real programs that a guest in memory may run on this host; there is no other.
 HARMLESS = {
     "/bin/sh", "/bin/cat", "/bin/sleep", "/bin/echo", "/bin/true", "/usr/bin/head", "/usr/bin/python3",
@@ -322,6 +323,9 @@ class FakeLibvirt:
             if source is not None and target is not None and target.get("name") == PROOF_PORT:
                 self._ports[Path(source.get("path", ""))] = name
         self._do("start", name)
+        nvram = tree.findtext("os/nvram")
+        if nvram and not Path(nvram).exists():
+            Path(nvram).write_bytes(NVRAM_TEMPLATE)
         self.owners[name] = owner.text or ""
         self.domains[name] = DomainState.PAUSED if paused else DomainState.RUNNING
         self.guest(self._machine[name])

@@ -11,6 +11,7 @@ import pytest
 from appliance.cell import overlay
 from appliance.cell.baseline import (
     DISK,
+    NVRAM,
     RAM,
     STATE,
     Baseline,
@@ -23,9 +24,9 @@ from appliance.cell.baseline import (
 )
 from appliance.cell.proof import Expected
 from appliance.cell.spec import GuestImage, MachineSpec
-from appliance.model import Accelerator
+from appliance.model import Accelerator, Firmware
 from tests.fakes.cells import Host, fake_overlay
-from tests.fakes.machine import DIGEST, machine_spec
+from tests.fakes.machine import DIGEST, NVRAM_TEMPLATE, machine_spec
 
 MIB = 64
 CONTENT = b"content of a saved file"
@@ -54,10 +55,11 @@ def write_layer(path: Path, below: Path) -> None:
 
 
 def publish_one(
-    h: Host, label: str, *, parent: Baseline | None = None, kind: str = "ram", name: str = "target-1"
-) -> Baseline:
+    h: Host, label: str, *, parent: Baseline | None = None, kind: str = "ram", name: str = "target-1",
+    firmware: Firmware = Firmware.BIOS,
+) -> Baseline:  # fmt: skip
     """A baseline with real files: 64 MiB of RAM, almost all of it a hole, on its parent or on the image."""
-    spec = machine(h, name)
+    spec = machine(h, name, firmware=firmware)
     chain = parent.expected.chain if parent else (spec.image.disk,)
     common = {
         "key": label.ljust(64, "0"), "machine": spec, "accelerator": Accelerator.TCG, "files": {}, "below": {},
@@ -68,6 +70,8 @@ def publish_one(
         write_layer(site.folder / DISK, chain[0])
         below = (site.final / DISK, *chain)
         if kind == "disk":
+            if firmware is Firmware.UEFI:
+                (site.folder / NVRAM).write_bytes(NVRAM_TEMPLATE + CONTENT)
             cold = ColdExpected(boot_id="b0", nonce="n0", chain=below)
             return publish(DiskBaseline(expected=cold, folder=site.final, **common), site.folder)
         with (site.memory / RAM).open("wb") as f:

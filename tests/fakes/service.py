@@ -13,7 +13,7 @@ from pathlib import Path
 
 from appliance import __version__
 from appliance.errors import Blame, ConflictError, NotFoundError
-from appliance.model import Accelerator, Role, Stopped, TrialState
+from appliance.model import Accelerator, Firmware, Role, Stopped, TrialState
 from appliance.service import (
     BaselineDetail,
     BaselineFile,
@@ -127,7 +127,8 @@ class FakeLab:
         self._enter("baseline", name)
         return BaselineDetail(
             **self._baseline(name).model_dump(), folder=f"/b/{name}", memory="", memory_mib=512, vcpus=2,
-            devices=(), accelerator=Accelerator.TCG, versions={"qemu": "7.2.0"}, layers=("/b/disk.qcow2",),
+            devices=(), firmware=Firmware.BIOS, accelerator=Accelerator.TCG, versions={"qemu": "7.2.0"},
+            layers=("/b/disk.qcow2",),
             files=(BaselineFile(name="ram", sha256=DIGEST, size=1 << 29, used=1 << 20),),
             held_against={"boot id": "b0"}, needed_by=("c1 uses it",), problem="",
         )  # fmt: skip

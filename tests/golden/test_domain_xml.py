@@ -79,6 +79,20 @@ def test_kvm_and_tcg_differ_in_type_and_cpu_only() -> None:
     assert kvm.replace('type="kvm"', 'type="qemu"').replace("host-passthrough", "maximum") == tcg
 
 
+def test_only_uefi_has_flash_and_it_needs_no_secure_boot() -> None:
+    boot = tree("uefi-kvm").find("os")
+    assert boot is not None
+    assert boot.get("firmware") == "efi"
+    feature = boot.find("firmware/feature")
+    assert feature is not None
+    assert feature.attrib == {"enabled": "no", "name": "secure-boot"}
+    assert str(boot.findtext("nvram")).endswith("/nvram.fd")
+    for case in set(CASES) - {"uefi-kvm"}:
+        other = tree(case).find("os")
+        assert other is not None
+        assert (other.get("firmware"), other.find("nvram"), other.find("firmware")) == (None, None, None)
+
+
 def test_a_comma_in_a_path_stays_inside_its_option() -> None:
     """QEMU splits options at commas: ``,share=on`` in a folder's name would undo the private mapping."""
     value = arguments(tree("clone-tcg", ram_file=Path("/home/a,share=on/ram")))[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from appliance.cell.baseline import (
     DISK,
+    NVRAM,
     RAM,
     STATE,
     Baseline,
@@ -36,8 +38,9 @@ from appliance.errors import (
     ResetError,
 )
 from appliance.host import capacity
-from appliance.model import Accelerator
+from appliance.model import Accelerator, Firmware
 from tests.fakes.cells import Host, host
+from tests.fakes.machine import DIGEST
 from tests.fakes.saved import MIB, publish_one, with_image
 
 
@@ -135,6 +138,30 @@ def test_a_chain_goes_along_and_stands_on_this_homes_files(h: Host, tmp_path: Pa
     assert len(again.expected.chain) == 4, "an imported one can be exported too"
 
 
+def test_nvram_travels_with_its_disk(h: Host, tmp_path: Path) -> None:
+    made = publish_one(h, "cold", kind="disk", firmware=Firmware.UEFI)
+    target = out(h, made, tmp_path / "out")
+    assert {p.name for p in target.iterdir()} == {DISK, NVRAM, MANIFEST}
+    back = in_(h, target, "back")
+    assert back.machine.firmware is Firmware.UEFI
+    assert back.files[NVRAM].sha256 == made.files[NVRAM].sha256
+    check_files(back, read=True)
+    flip(NVRAM)(target)
+    with pytest.raises(ConfigError, match=r"nvram\.fd: expected"):
+        in_(h, target, "flipped")
+    for changes in (
+        {"firmware": "bios"},
+        {"files": {DISK: read_json(target)["files"][DISK]}, "firmware": "bios", "devices": ["0000:01:00.0"]},
+        {"files": {DISK: read_json(target)["files"][DISK]}},
+        {"files": {**read_json(target)["files"], NVRAM: {"sha256": DIGEST, "size": (8 << 20) + 1}}},
+    ):
+        again = out(h, made, tmp_path / f"out-{secrets.token_hex(3)}")
+        edit(again, **changes)
+        with pytest.raises(ConfigError, match=r"has the files|larger than|has UEFI"):
+            in_(h, again, "wrong")
+    nothing_left(h, "back", "cold")
+
+
 def test_a_disk_baseline_travels_to_any_processor_and_accelerator(h: Host, tmp_path: Path) -> None:
     target = out(h, publish_one(h, "cold", kind="disk"), tmp_path / "out")
     assert {p.name for p in target.iterdir()} == {DISK, MANIFEST}
@@ -165,9 +192,12 @@ def test_on_tmpfs_the_ram_of_an_import_lies_there(h: Host, tmp_path: Path) -> No
 # -- what is refused -------------------------------------------------------------------------------------
 
 
+def read_json(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / MANIFEST).read_text()))
+
+
 def edit(folder: Path, **changes: Any) -> None:
-    path = folder / MANIFEST
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    (folder / MANIFEST).write_text(json.dumps(read_json(folder) | changes))
 
 
 def edited(**changes: Any) -> Callable[[Path], None]:
@@ -178,7 +208,7 @@ def rename_file(name: str) -> Callable[[Path], None]:
     """The manifest calls a file something else."""
 
     def change(folder: Path) -> None:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
+        files = read_json(folder)["files"]
         files[name] = files.pop(STATE)
         edit(folder, files=files)
 
@@ -186,7 +216,7 @@ def rename_file(name: str) -> Callable[[Path], None]:
 
 
 def bigger(folder: Path) -> None:
-    files = json.loads((folder / MANIFEST).read_text())["files"]
+    files = read_json(folder)["files"]
     edit(folder, files=files | {RAM: files[RAM] | {"size": files[RAM]["size"] + 4096}})
 
 
@@ -223,7 +253,7 @@ def external(folder: Path) -> None:
     data[4:8], data[72:80] = (3).to_bytes(4), (4).to_bytes(8)
     (folder / DISK).chmod(0o600)
     (folder / DISK).write_bytes(data)
-    files = json.loads((folder / MANIFEST).read_text())["files"]
+    files = read_json(folder)["files"]
     files[DISK] |= {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
     edit(folder, files=files)
 

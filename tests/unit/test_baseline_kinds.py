@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from appliance.cell import overlay
 from appliance.cell.baseline import (
     DISK,
+    NVRAM,
     RAM,
     STATE,
     DiskBaseline,
@@ -34,9 +35,9 @@ from appliance.cell.proof import GuestFacts
 from appliance.cell.snapshot import snapshot
 from appliance.cell.spec import MachineSpec
 from appliance.errors import CapacityError, ConflictError, LabError
-from appliance.model import Accelerator
+from appliance.model import Accelerator, Firmware
 from tests.fakes.cells import Host, host
-from tests.fakes.machine import FACTS, incarnation
+from tests.fakes.machine import FACTS, NVRAM_TEMPLATE, incarnation
 from tests.fakes.saved import machine, publish_one
 from tests.golden.cases import domain_spec
 
@@ -51,8 +52,12 @@ def h(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
         yield made
 
 
+def with_uefi(h: Host) -> MachineSpec:
+    return machine(h, firmware=Firmware.UEFI)
+
+
 def with_gpu(h: Host) -> MachineSpec:
-    return machine(h, devices=(GPU,))
+    return machine(h, devices=(GPU,), firmware=Firmware.UEFI)
 
 
 def obeys(h: Host, name: str = "target-1") -> None:
@@ -76,15 +81,27 @@ def test_no_ram_baseline_of_a_machine_with_devices_can_be_written_down(h: Host) 
     assert isinstance(made, RamBaseline)
     with pytest.raises(ValidationError, match="passed-through"):
         RamBaseline(**{**dict(made), "machine": with_gpu(h)})
-    cold = publish_one(h, "cold", kind="disk")
+    with pytest.raises(ValidationError, match="flash"):
+        RamBaseline(**{**dict(made), "machine": machine(h, firmware=Firmware.UEFI)})
+    cold = publish_one(h, "cold", kind="disk", firmware=Firmware.UEFI)
     assert DiskBaseline(**{**dict(cold), "machine": with_gpu(h)}).machine.devices == (GPU,)
+
+
+def test_a_machine_with_devices_has_uefi_and_its_disk_baseline_has_nvram(h: Host) -> None:
+    with pytest.raises(ValidationError, match="has UEFI firmware"):
+        MachineSpec(**{**dict(machine(h)), "devices": (GPU,)})
+    cold = publish_one(h, "cold", kind="disk")
+    with pytest.raises(ValidationError, match="has its NVRAM"):
+        DiskBaseline(**{**dict(cold), "machine": with_gpu(h)})
 
 
 def test_a_record_that_claims_one_is_not_read(h: Host) -> None:
     made = publish_one(h, "clean")
     record = made.folder / "baseline.json"
     text = record.read_text()
-    changed = re.sub(r'"devices": ?\[\]', f'"devices": ["{GPU}"]', text)
+    changed = re.sub(
+        r'"devices": ?\[\],\s*"firmware": "bios"', f'"devices": ["{GPU}"], "firmware": "uefi"', text
+    )
     assert changed != text
     record.write_text(changed)
     assert read(made.folder) is None
@@ -124,13 +141,20 @@ def test_a_snapshot_of_its_ram_is_a_conflict_and_the_machine_goes_on(h: Host) ->
     cell.close()
 
 
+def test_so_is_one_of_a_machine_with_flash(h: Host) -> None:
+    with pytest.raises(ConflictError, match="flash no RAM file holds") as e:
+        make(h.shop, with_uefi(h), "c1", "k" * 64, lambda _m: None)
+    assert "disk baseline" in e.value.hint
+    assert h.libvirt.done == []
+
+
 def test_devices_and_kind_are_part_of_the_key(h: Host) -> None:
     keys = {
         baseline_key(m, Accelerator.TCG, {}, "r", kind)
-        for m in (machine(h), with_gpu(h))
+        for m in (machine(h), with_uefi(h), with_gpu(h))
         for kind in ("ram", "disk")
     }
-    assert len(keys) == 4
+    assert len(keys) == 6
 
 
 # -- a disk baseline from making to proof ----------------------------------------------------------------
@@ -291,6 +315,96 @@ def test_only_what_is_in_use_needs_room_for_all_of_its_ram(h: Host) -> None:
     ):
         pass
     assert list(h.paths.baselines.iterdir()) == []
+
+
+# -- what UEFI firmware remembers ------------------------------------------------------------------------
+
+
+def made_with_uefi(h: Host) -> DiskBaseline:
+    obeys(h)
+
+    def boots(template: Incarnation) -> None:
+        assert template.spec.nvram is not None
+        template.spec.nvram.write_bytes(NVRAM_TEMPLATE + b" and a boot entry")
+
+    made = make(h.shop, with_uefi(h), "c1", "k" * 64, boots, kind="disk")
+    assert isinstance(made, DiskBaseline)
+    return made
+
+
+def nvram_of(clone: Incarnation) -> Path:
+    assert clone.spec.nvram is not None
+    return clone.spec.nvram
+
+
+def test_nvram_is_part_of_the_baseline_and_every_machine_has_a_copy(h: Host) -> None:
+    made = made_with_uefi(h)
+    assert set(made.files) == {DISK, NVRAM}
+    assert made.path(NVRAM).read_bytes() == NVRAM_TEMPLATE + b" and a boot entry"
+    assert made.path(NVRAM).stat().st_mode & 0o777 == 0o400
+    assert (h.ledger.things(), read(made.folder)) == ([], made)
+    first = restore(h.shop, made, "c1")
+    nvram_of(first).write_bytes(b"what a subject left")
+    second = restore(h.shop, made, "c1")
+    assert nvram_of(second).read_bytes() == made.path(NVRAM).read_bytes()
+    assert nvram_of(second).stat().st_mode & 0o777 == 0o600
+    for clone in (first, second):
+        clone.destroy()
+        assert not nvram_of(clone).exists()
+    made.path(NVRAM).chmod(0o600)
+    made.path(NVRAM).write_bytes(NVRAM_TEMPLATE + b" and a boot entrY")
+    with pytest.raises(LabError, match=r"nvram\.fd is not what was saved"):
+        restore(h.shop, made, "c1")
+
+
+def test_a_snapshot_of_the_disk_takes_the_nvram_along(h: Host) -> None:
+    parent = made_with_uefi(h)
+    cell = h.cell("target-1")
+    clone = cell.machine("target-1")
+    nvram = clone.folder / "nvram.fd"
+    nvram.write_bytes(b"what was there when it was saved")
+    clone.spec = clone.spec.model_copy(update={"machine": parent.machine, "nvram": nvram})
+    with pytest.raises(ConflictError, match="no RAM baseline"):
+        snapshot(h.shop, cell, "target-1", parent, "warm", "ram")
+    made = snapshot(h.shop, cell, "target-1", parent, "later", "disk")
+    assert made.path(NVRAM).read_bytes() == b"what was there when it was saved"
+    assert made.expected.chain == (made.path(DISK), *parent.expected.chain)
+
+
+def nvram_checks(h: Host, clone: Incarnation, made: DiskBaseline) -> set[str]:
+    """Names of the failed checks that are about NVRAM, with the file held open as a QEMU would."""
+    h.guest("target-1").facts = dict(FRESH)
+    with nvram_of(clone).open("rb"):  # the QEMUs in memory have this process's id
+        return {c.name for c in prove(clone, made, 0.0).checks if "NVRAM" in c.name and not c.passed}
+
+
+def test_nvram_is_proved(h: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = made_with_uefi(h)
+    honest_host(monkeypatch, made.expected.chain)
+    clone = restore(h.shop, made, "c1")
+    nvram_of(clone).write_bytes(b"the firmware writes as soon as it boots")
+    assert nvram_checks(h, clone, made) == set()
+    nvram_of(clone).rename(clone.folder / "aside")
+    nvram_of(clone).write_bytes(b"another file in its place")
+    assert nvram_checks(h, clone, made) == {"NVRAM is the file made for this incarnation"}
+    h.guest("target-1").facts = dict(FRESH)
+    assert "QEMU has this NVRAM open" in prove(clone, made, 0.0).failures
+    clone.destroy()
+
+
+def test_a_machine_that_started_with_other_nvram_is_withheld(
+    h: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = made_with_uefi(h)
+    honest_host(monkeypatch, made.expected.chain)
+    for nvram in (None, made.path(DISK)):
+        clone = h.shop.prepare(
+            made.machine, "c1", backing=made.path(DISK), nvram=nvram, ram=None, incoming=False
+        )
+        clone.start()
+        clone.resume()
+        assert nvram_checks(h, clone, made) == {"NVRAM was the baseline's"}
+        clone.destroy()
 
 
 # -- the machine -----------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 
 from appliance.cell import standby as standby_module
 from appliance.cell.cell import Cell
-from appliance.cell.incarnation import Incarnation
+from appliance.cell.incarnation import Incarnation, OwnFile
 from appliance.cell.ledger import Kind
 from appliance.cell.libvirt_door import DomainState
 from appliance.cell.proof import Proof
@@ -135,6 +135,14 @@ def _lost(m: Incarnation) -> None:
     m.spec.overlay.unlink()
 
 
+def _other_nvram(m: Incarnation) -> None:
+    nvram = m.folder / "nvram.fd"
+    nvram.write_bytes(b"that it was started with")
+    m.own_files.append(OwnFile.made("NVRAM", nvram))
+    nvram.rename(nvram.with_name("aside"))
+    nvram.write_bytes(b"another")
+
+
 def _plugged(m: Incarnation) -> None:
     m.plug()
 
@@ -143,7 +151,9 @@ def _another_process(m: Incarnation) -> None:
     m.pid = 1
 
 
-@pytest.mark.parametrize("change", [_resumed, _gone, _exchanged, _lost, _plugged, _another_process])
+@pytest.mark.parametrize(
+    "change", [_resumed, _gone, _exchanged, _lost, _other_nvram, _plugged, _another_process]
+)
 def test_one_that_changed_while_it_waited_is_withheld(
     h: Host, pool: StandbyPool, change: Callable[[Incarnation], None]
 ) -> None:

@@ -17,7 +17,7 @@ from appliance.cell.credentials import SshKeys, ssh_keys
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.spec import MachineSpec
 from appliance.errors import LabError, ResetError
-from appliance.model import Role
+from appliance.model import Firmware, Role
 from appliance.trial import subject, warmup
 from appliance.trial.baselines import BaselineShelf
 from appliance.trial.warmup import recipe, warm_up
@@ -92,7 +92,7 @@ def test_what_is_missing_is_made_once_and_then_found(h: Host, making: Making) ->
 
 def test_the_kind_follows_from_the_machine_and_who_asked_is_noted(h: Host, making: Making) -> None:
     shelf = BaselineShelf(h.shop, KEYS)
-    with_device = MACHINES[0].model_copy(update={"devices": ("0000:01:00.0",)})
+    with_device = MACHINES[0].model_copy(update={"devices": ("0000:01:00.0",), "firmware": Firmware.UEFI})
     shelf.ensure((with_device, MACHINES[1]), lambda *_: None, created_by="cell")
     assert sorted(making.asked) == [("origin", "disk", "cell"), ("target-1", "ram", "cell")]
 

@@ -79,7 +79,7 @@ def baselines(shop: Workshop, vm_paths: Paths) -> dict[str, Baseline]:
         cell = Cell(f"make-{name}", shop)
         cell.open()
         try:
-            return saved.make(shop, spec, cell.id, key, _settle)
+            return saved.make(shop, spec, cell.id, key, settle)
         finally:
             cell.close()
 
@@ -88,7 +88,7 @@ def baselines(shop: Workshop, vm_paths: Paths) -> dict[str, Baseline]:
     return {b.machine.name: b for b in made}
 
 
-def _settle(machine: Incarnation) -> None:
+def settle(machine: Incarnation) -> None:
     done = machine.qga.exec(["/usr/bin/systemctl", "is-system-running", "--wait"], timeout_s=120)
     assert done.text.strip() == "running", done
 

@@ -3,13 +3,14 @@
 A ``ram`` baseline is four read-only files: ``ram`` (the guest's memory, mapped by its clones), ``state``
 (device state, below 1 MiB), ``disk.qcow2`` (the frozen layer) and ``baseline.json`` (the record). A clone maps
 RAM copy-on-write and writes to an overlay of its own, so restoring costs neither copying nor time in
-proportion to RAM or to what the last run dirtied. A ``disk`` baseline has the disk only; its machines boot.
+proportion to RAM or to what the last run dirtied. A ``disk`` baseline has the disk only, and ``nvram.fd`` if the
+machine has UEFI firmware; its machines boot.
 """
 
-from appliance.cell.baseline.record import (
+from appliance.cell.baseline.kinds import (
     DISK,
+    NVRAM,
     RAM,
-    RECORD,
     STATE,
     Baseline,
     BaselineKind,
@@ -18,6 +19,11 @@ from appliance.cell.baseline.record import (
     DiskBaseline,
     FileFact,
     RamBaseline,
+    require_kind,
+    why_cold,
+)
+from appliance.cell.baseline.record import (
+    RECORD,
     baseline_key,
     check_files,
     cpu_fingerprint,
@@ -26,7 +32,6 @@ from appliance.cell.baseline.record import (
     publish,
     read,
     read_all,
-    require_kind,
 )
 from appliance.cell.baseline.restoring import prove, restore, wake
 from appliance.cell.baseline.store import BaselineStore
@@ -35,6 +40,7 @@ from appliance.cell.baseline.workshop import Workshop
 
 __all__ = [
     "DISK",
+    "NVRAM",
     "RAM",
     "RECORD",
     "STATE",
@@ -64,4 +70,5 @@ __all__ = [
     "require_kind",
     "restore",
     "wake",
+    "why_cold",
 ]

@@ -1,6 +1,7 @@
 """A machine booted anew from the disk of a ``disk`` baseline, and the proof that it is one.
 
-The way of machines with passed-through devices, whose state cannot be saved; any other machine can have it.
+The way of machines with passed-through devices, whose state cannot be saved; any other machine can have it. What
+UEFI firmware remembers (variables, boot entries) outlives a boot, so a machine gets it from the baseline too.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from appliance.cell.baseline.record import DISK, RAM, ColdExpected, DiskBaseline, check_files
+from appliance.cell.baseline.kinds import DISK, NVRAM, RAM, ColdExpected, DiskBaseline
+from appliance.cell.baseline.record import check_files
 from appliance.cell.baseline.template import AGENT_LIMIT_S
 from appliance.cell.baseline.workshop import Workshop
 from appliance.cell.incarnation import Incarnation
@@ -26,7 +28,10 @@ def boot(shop: Workshop, baseline: DiskBaseline, cell: str) -> Incarnation:
         LabError: libvirt or QEMU refused.
     """
     check_files(baseline)
-    clone = shop.prepare(baseline.machine, cell, backing=baseline.path(DISK), ram=None, incoming=False)
+    nvram = baseline.path(NVRAM) if NVRAM in baseline.files else None
+    clone = shop.prepare(
+        baseline.machine, cell, backing=baseline.path(DISK), nvram=nvram, ram=None, incoming=False
+    )
     with clone.destroyed_on_error():
         clone.start()
         clone.resume()
@@ -39,7 +44,11 @@ def prove_cold(clone: Incarnation, baseline: DiskBaseline, began: float) -> Proo
     ``began`` is the monotonic time of the request. A guest that does not answer or answers nonsense is a
     failed check, so the caller withholds the machine.
     """
-    checks = [*disk_checks(clone, baseline.expected.chain), _no_saved_ram(clone.pid)]
+    checks = [
+        *disk_checks(clone, baseline.expected.chain),
+        *_nvram_checks(clone, baseline),
+        _no_saved_ram(clone.pid),
+    ]
     try:
         clone.wait_for_agent(AGENT_LIMIT_S)
         checks += cold_checks(guest_facts(clone.qga, clone.id), baseline.expected)
@@ -67,6 +76,13 @@ def cold_checks(facts: GuestFacts, expected: ColdExpected) -> Iterator[Check]:
     ):
         yield Check(name=name, passed=not found, expected="", found=printable(found, 300))
     yield reseeded(facts)
+
+
+def _nvram_checks(clone: Incarnation, baseline: DiskBaseline) -> Iterator[Check]:
+    """What the firmware started with was a copy of the baseline's; nothing to check without UEFI."""
+    if NVRAM in baseline.files:
+        saved, found = baseline.files[NVRAM].sha256, clone.nvram_sha256 or "made anew"
+        yield Check(name="NVRAM was the baseline's", passed=found == saved, expected=saved, found=found)
 
 
 def _no_saved_ram(pid: int | None) -> Check:

@@ -10,17 +10,10 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
+from appliance.cell.baseline.kinds import DISK, NVRAM, RAM, STATE, Baseline, FileFact
 from appliance.cell.baseline.manifest import MANIFEST, ExportedFile, Manifest, layer_name
 from appliance.cell.baseline.places import MARK, mark
-from appliance.cell.baseline.record import (
-    DISK,
-    RAM,
-    STATE,
-    Baseline,
-    FileFact,
-    cpu_fingerprint,
-    read,
-)
+from appliance.cell.baseline.record import cpu_fingerprint, read
 from appliance.cell.baseline.sparse import copy
 from appliance.cell.baseline.workshop import Workshop
 from appliance.cell.ledger import Kind
@@ -102,7 +95,7 @@ def onward(progress: Progress, done: int, total: int) -> Callable[[int], None]:
 
 def _sources(baseline: Baseline) -> dict[str, tuple[Path, FileFact]]:
     """The files to take along by their name in the export, each with what it was when it was saved."""
-    memory = [(part, baseline.path(part)) for part in (RAM, STATE) if part in baseline.files]
+    memory = [(part, baseline.path(part)) for part in (RAM, STATE, NVRAM) if part in baseline.files]
     layers = [(layer_name(n) if n else DISK, p) for n, p in enumerate(baseline.expected.chain[:-1])]
     return {name: (path, _fact(baseline, path)) for name, path in [*memory, *layers]}
 
@@ -120,12 +113,12 @@ def _manifest(baseline: Baseline, sources: dict[str, tuple[Path, FileFact]]) -> 
     machine = baseline.machine
     return Manifest(
         format=1, name=baseline.id, kind=baseline.kind, machine=machine.name, role=machine.role,
-        memory_mib=machine.memory_mib, vcpus=machine.vcpus, devices=machine.devices,
+        memory_mib=machine.memory_mib, vcpus=machine.vcpus, devices=machine.devices, firmware=machine.firmware,
         recipe=machine.image.recipe, image_digest=machine.image.digest,
         image_disk_sha256=machine.image.disk_sha256, accelerator=baseline.accelerator,
         versions=baseline.versions, host_cpu=cpu_fingerprint(),
         expected=baseline.expected.model_dump(mode="json", exclude={"chain", "ram_file"}),
-        layers=tuple(n for n in sources if n not in (RAM, STATE)),
+        layers=tuple(n for n in sources if n not in (RAM, STATE, NVRAM)),
         files={n: ExportedFile(sha256=f.sha256, size=f.size) for n, (_, f) in sources.items()},
         created=baseline.created,
     )  # fmt: skip

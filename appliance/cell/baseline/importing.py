@@ -18,17 +18,9 @@ from pydantic import ValidationError
 from appliance.build import Image, list_images
 from appliance.cell import overlay
 from appliance.cell.baseline.exporting import Progress, onward
+from appliance.cell.baseline.kinds import RAM, STATE, Baseline, ColdExpected, DiskBaseline, RamBaseline
 from appliance.cell.baseline.manifest import Manifest, read_manifest
-from appliance.cell.baseline.record import (
-    RAM,
-    STATE,
-    Baseline,
-    ColdExpected,
-    DiskBaseline,
-    RamBaseline,
-    cpu_fingerprint,
-    publish,
-)
+from appliance.cell.baseline.record import cpu_fingerprint, publish
 from appliance.cell.baseline.sparse import copy
 from appliance.cell.baseline.template import Site, making
 from appliance.cell.baseline.workshop import Workshop
@@ -163,7 +155,7 @@ def _machine(image: Image, manifest: Manifest) -> MachineSpec:
     guest = GuestImage.of(image)
     return MachineSpec(
         name=manifest.machine, role=manifest.role, image=guest, memory_mib=manifest.memory_mib,
-        vcpus=manifest.vcpus, devices=manifest.devices,
+        vcpus=manifest.vcpus, devices=manifest.devices, firmware=manifest.firmware,
     )  # fmt: skip
 
 

@@ -11,14 +11,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue, StringConstraints, ValidationError, model_validator
 
-from appliance.cell.baseline.record import DISK, PARTS, BaselineKind
+from appliance.cell.baseline.kinds import DISK, NVRAM, BaselineKind, parts, why_cold
 from appliance.errors import ConfigError
-from appliance.model import Accelerator, Frozen, Name, PciAddress, Role, Sha256
+from appliance.model import Accelerator, Firmware, Frozen, Name, PciAddress, Role, Sha256
 
 MANIFEST = "manifest.json"
 _LIMIT = 4 << 20
+_MOST_FLASH = 8 << 20  # QEMU: pc-q35 maps no more below 4 GiB (hw/i386/pc_sysfw.c)
 _LAYER = re.compile(r"layer-[1-9][0-9]?\.qcow2")
-PartName = Annotated[str, StringConstraints(pattern=rf"^(ram|state|disk\.qcow2|{_LAYER.pattern})$")]
+PartName = Annotated[str, StringConstraints(pattern=rf"^(ram|state|disk\.qcow2|nvram\.fd|{_LAYER.pattern})$")]
 _Word = Annotated[str, StringConstraints(max_length=100)]
 
 
@@ -40,6 +41,7 @@ class Manifest(Frozen):
     memory_mib: int = Field(ge=64)
     vcpus: int = Field(ge=1)
     devices: tuple[PciAddress, ...]
+    firmware: Firmware = Firmware.BIOS
     recipe: Name
     image_digest: Sha256
     image_disk_sha256: Sha256
@@ -56,11 +58,15 @@ class Manifest(Frozen):
         wanted = (DISK, *(layer_name(n) for n in range(1, len(self.layers))))
         if self.layers != wanted:
             raise ValueError(f"layers have to be {', '.join(wanted)}")
-        parts = {*PARTS[self.kind], *self.layers}
-        if set(self.files) != parts:
-            raise ValueError(f"a {self.kind} baseline with these layers has the files {sorted(parts)}")
-        if self.kind == "ram" and self.devices:
-            raise ValueError("a machine with passed-through devices has no RAM baseline")
+        files = {*parts(self.kind, self.firmware), *self.layers}
+        if set(self.files) != files:
+            raise ValueError(f"a {self.kind} baseline with these layers has the files {sorted(files)}")
+        if self.devices and self.firmware is not Firmware.UEFI:
+            raise ValueError("a machine with passed-through devices has UEFI firmware")
+        if self.kind == "ram" and (why := why_cold(self.devices, self.firmware)):
+            raise ValueError(f"no RAM baseline of a machine with {why}")
+        if NVRAM in self.files and self.files[NVRAM].size > _MOST_FLASH:
+            raise ValueError(f"{NVRAM} is larger than a machine's flash can be, {_MOST_FLASH} bytes")
         return self
 
 

@@ -8,117 +8,22 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError
 
 from appliance.cell import overlay
+from appliance.cell.baseline.kinds import Baseline, BaselineKind, FileFact, parts
 from appliance.cell.baseline.sparse import digest
-from appliance.cell.proof import SCRIPT_SHA256, Expected
+from appliance.cell.proof import SCRIPT_SHA256
 from appliance.cell.spec import MachineSpec
 from appliance.errors import ConflictError, ResetError
 from appliance.host.durable import sync_folder, write_durably
 from appliance.host.paths import Paths
-from appliance.model import Accelerator, Frozen
+from appliance.model import Accelerator
 
-RAM, STATE, DISK, RECORD = "ram", "state", "disk.qcow2", "baseline.json"
-BaselineKind = Literal["ram", "disk"]
-CreatedBy = Literal["trial", "cell", "request", "import"]
-
-
-class FileFact(Frozen):
-    """A file's content and the signs by which a later change is noticed without reading it again."""
-
-    sha256: str
-    size: int
-    inode: int
-    mtime_ns: int
-    ctime_ns: int
-
-
-class ColdExpected(Frozen):
-    """What a ``disk`` baseline recorded of its template, to hold a machine that booted anew against."""
-
-    boot_id: str
-    nonce: str
-    chain: tuple[Path, ...]
-
-
-class Saved(Frozen):
-    """What every baseline has. ``key`` is what it was made from; equal key, equal baseline.
-
-    ``below`` are the layers under its disk that lie elsewhere, down to the image's.
-    """
-
-    key: str
-    machine: MachineSpec
-    accelerator: Accelerator
-    files: dict[str, FileFact]
-    below: dict[Path, FileFact]
-    created: float
-    seconds: float
-    versions: dict[str, str]
-    folder: Path
-    label: str = ""
-    parent: str = ""
-    created_by: CreatedBy = "trial"
-
-    @property
-    def id(self) -> str:
-        """Its name: the label if it was given one, else machine and the first digits of the key."""
-        return self.label or f"{self.machine.name}-{self.key[:12]}"
-
-    def path(self, part: str) -> Path:
-        """Where one of its files lies."""
-        return self.folder / part
-
-
-class RamBaseline(Saved):
-    """Memory, device state and disk: a reset goes on where the machine was saved.
-
-    No passed-through device can be saved, so no machine that has one can have such a baseline.
-    ``memory`` is the folder of RAM and state, if that is not the baseline's own.
-    """
-
-    kind: Literal["ram"] = "ram"
-    expected: Expected
-    memory: Path | None = None
-
-    @model_validator(mode="after")
-    def _no_devices(self) -> RamBaseline:
-        if self.machine.devices:
-            raise ValueError("a machine with passed-through devices has no RAM baseline")
-        return self
-
-    def path(self, part: str) -> Path:
-        """Where one of its files lies."""
-        return (self.memory or self.folder) / part if part in (RAM, STATE) else self.folder / part
-
-
-class DiskBaseline(Saved):
-    """The disk of a machine that was shut down: a reset boots it anew."""
-
-    kind: Literal["disk"] = "disk"
-    expected: ColdExpected
-
-
-Baseline = RamBaseline | DiskBaseline
+RECORD = "baseline.json"
 _BASELINE: TypeAdapter[Baseline] = TypeAdapter(Annotated[Baseline, Field(discriminator="kind")])
-PARTS: dict[BaselineKind, tuple[str, ...]] = {"ram": (RAM, STATE, DISK), "disk": (DISK,)}
-
-
-def require_kind(machine: MachineSpec, kind: BaselineKind) -> None:
-    """Refuse a RAM baseline of a machine that cannot have one; it is never silently made a disk baseline.
-
-    Raises:
-        ConflictError: the machine has passed-through devices.
-    """
-    if kind == "ram" and machine.devices:
-        raise ConflictError(
-            f"{machine.name} has passed-through devices ({', '.join(machine.devices)}), whose state cannot be "
-            "saved: no RAM baseline of it is possible",
-            hint="ask for a disk baseline; a reset then boots it anew",
-        )
 
 
 def baseline_key(
@@ -164,7 +69,7 @@ def publish(record: Baseline, folder: Path, layers: Sequence[str] = ()) -> Basel
     """
     places = {
         part: folder / part if record.path(part).parent == record.folder else record.path(part)
-        for part in (*PARTS[record.kind], *layers)
+        for part in (*parts(record.kind, record.machine.firmware), *layers)
     }
     for path in places.values():
         with path.open("rb") as f:

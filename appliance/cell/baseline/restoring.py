@@ -6,7 +6,8 @@ import time
 
 from appliance.cell import migration
 from appliance.cell.baseline.cold import boot, prove_cold
-from appliance.cell.baseline.record import DISK, RAM, STATE, Baseline, DiskBaseline, RamBaseline, check_files
+from appliance.cell.baseline.kinds import DISK, RAM, STATE, Baseline, DiskBaseline, RamBaseline
+from appliance.cell.baseline.record import check_files
 from appliance.cell.baseline.workshop import Workshop
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.proof import (

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from appliance.cell.baseline.kinds import DISK, Baseline, RamBaseline
 from appliance.cell.baseline.places import MARK
-from appliance.cell.baseline.record import DISK, Baseline, RamBaseline, check_files, read, read_all
+from appliance.cell.baseline.record import check_files, read, read_all
 from appliance.cell.baseline.workshop import Workshop
 from appliance.cell.ledger import Kind
 from appliance.cell.qcow2 import read_header

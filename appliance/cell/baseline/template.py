@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from appliance.cell import migration
-from appliance.cell.baseline.record import (
+from appliance.cell.baseline.kinds import (
     DISK,
+    NVRAM,
     RAM,
     STATE,
     Baseline,
@@ -21,10 +22,9 @@ from appliance.cell.baseline.record import (
     CreatedBy,
     DiskBaseline,
     RamBaseline,
-    publish,
     require_kind,
-    require_none,
 )
+from appliance.cell.baseline.record import publish, require_none
 from appliance.cell.baseline.workshop import Workshop
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.ledger import Kind
@@ -78,7 +78,7 @@ def make(
     ends the making. It may raise.
 
     Raises:
-        ConflictError: a machine with passed-through devices was to keep its RAM; or the name is taken.
+        ConflictError: a machine with passed-through devices or UEFI was to keep its RAM; or the name is taken.
         CapacityError: the RAM file does not fit where it is to lie.
         LabError: booting, warming or saving failed.
     """
@@ -109,8 +109,7 @@ def make(
                 common |= {"expected": record_cold(template, site.final, below)}
                 shut_down(template)
             template.destroy(keep_folder=True)
-            template.spec.overlay.rename(site.folder / DISK)
-            template.remove_folder()
+            take_files(template, site)
             template = None
             return publish(new_record(kind, site, began, common), site.folder)
         finally:
@@ -209,6 +208,14 @@ def _plant_nonce(template: Incarnation) -> str:
     nonce = secrets.token_hex(16)
     template.qga.write_file(_NONCE_PATH, nonce.encode())
     return nonce
+
+
+def take_files(machine: Incarnation, site: Site) -> None:
+    """Make a baseline's of what a machine that has ended leaves behind: its disk, and its NVRAM if it has one."""
+    machine.spec.overlay.rename(site.folder / DISK)
+    if machine.spec.nvram is not None:
+        machine.spec.nvram.rename(site.folder / NVRAM)
+    machine.remove_folder()
 
 
 def shut_down(machine: Incarnation) -> None:

@@ -58,11 +58,18 @@ class Workshop:
                 self._names.discard(name)
 
     def prepare(
-        self, machine: MachineSpec, cell: str, *, backing: Path, ram: Path | None, incoming: bool
+        self,
+        machine: MachineSpec,
+        cell: str,
+        *,
+        backing: Path,
+        nvram: Path | None = None,
+        ram: Path | None,
+        incoming: bool,
     ) -> Incarnation:
         """A new incarnation, not started. Without a RAM file its memory is its own, and is lost with it."""
         return prepare(
-            machine, cell, owner=self.owner, backing=backing, ram_file=ram, incoming=incoming,
+            machine, cell, owner=self.owner, backing=backing, nvram=nvram, ram_file=ram, incoming=incoming,
             accelerator=self.accelerator, paths=self.paths, libvirt=self.libvirt, ledger=self.ledger,
         )  # fmt: skip
 
