@@ -27,7 +27,7 @@ build: setup ## build all images; nothing changed takes two seconds
 serve: setup ## run the control plane on 127.0.0.1 until Ctrl-C
 	@$(HOTCELL) serve
 
-bench: setup ## figures: ways to reset, a trial's overhead, 500 resets in a row (root, about an hour under TCG)
+bench: setup ## figures: ways to reset, a trial's overhead, 500 resets in a row (root, one to two hours under TCG)
 	@.venv/bin/python -m bench.reset && .venv/bin/python -m bench.overhead && .venv/bin/python -m bench.soak
 
 torture: setup ## 200 seeded crashes of a real server, its machines and its disk (root, hours under TCG)

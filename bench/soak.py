@@ -27,7 +27,7 @@ from bench.common.stats import independent, summary
 from bench.common.table import seconds, show
 
 _QUIET_S = 120.0
-_EDGE = 50
+_EDGE = 50  # resets that the two ends of a series have, and that lie between two looks at its memory
 
 
 class Soak(NamedTuple):
@@ -38,6 +38,7 @@ class Soak(NamedTuple):
     failures: list[str]
     first: dict[str, int]
     last: dict[str, int]
+    own: list[int]  # MB, after every fiftieth
 
 
 def soak(rig: Rig, baselines: Sequence[Baseline], count: int, settled: int, *, wait: bool) -> Soak:
@@ -48,6 +49,7 @@ def soak(rig: Rig, baselines: Sequence[Baseline], count: int, settled: int, *, w
     ways: Counter[str] = Counter()
     failures: list[str] = []
     first: dict[str, int] = {}
+    own: list[int] = []
     try:
         cell.open()
         cell.restore_all(baselines, lambda _p: None)
@@ -66,9 +68,10 @@ def soak(rig: Rig, baselines: Sequence[Baseline], count: int, settled: int, *, w
             rig.door.events.clear()
             if n + 1 == settled:
                 first = _quiet_holdings(rig, cell, pool, len(baselines))
-            if n % 50 == 49:
-                print(f"{n + 1} resets, {len(failures)} failed", flush=True)
-        return Soak(took, ways, failures, first, _quiet_holdings(rig, cell, pool, len(baselines)))
+            if n % _EDGE == _EDGE - 1:
+                own.append(holdings(os.getpid(), rig.paths)["own MB"])
+                print(f"{n + 1} resets, {len(failures)} failed, {own[-1]} MB of own memory", flush=True)
+        return Soak(took, ways, failures, first, _quiet_holdings(rig, cell, pool, len(baselines)), own)
     finally:
         cell.close()
 
@@ -109,6 +112,7 @@ def report(found: Soak, settled: int) -> int:
         ("held", f"after {settled}", f"after {count}"),
         ((k, v, found.last[k]) for k, v in found.first.items()),
     )
+    print(f"\nown MB after every {_EDGE}: {' '.join(map(str, found.own))}")
     s = summary(found.took)
     early, late = summary(found.took[:_EDGE]).p50, summary(found.took[-_EDGE:]).p50
     print(f"\nmachines by way: {', '.join(f'{way} {n}' for way, n in sorted(found.ways.items()))}")

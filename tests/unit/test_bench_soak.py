@@ -12,7 +12,7 @@ HELD = {"resident MB": 100, "descriptors": 40, "ledger rows": 9, "disk kB": 100}
 
 
 def soak(**changes: object) -> Soak:
-    plain = Soak([0.05] * 100, Counter(standby=99, direct=1), [], dict(HELD), dict(HELD))
+    plain = Soak([0.05] * 100, Counter(standby=99, direct=1), [], dict(HELD), dict(HELD), [9, 9])
     return plain._replace(**changes)  # type: ignore[arg-type]
 
 
