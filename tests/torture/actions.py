@@ -65,17 +65,21 @@ def _with_cell(rig: Rig, job: Callable[[Client, str], object]) -> Acting:
 
 
 def _reset(rig: Rig, point: Point) -> Acting:
-    machine = ("origin", "target-1")[int(point.pick * 2)]
+    """One machine, or in every third point all of the cell as a group."""
+    machine = ("origin", "target-1", "")[int(point.pick * 3)]
     if point.kind == "qga":  # the machine first loses its agent, then is reset
         rig.up()
         with rig.client() as client:
             rig.open_cell(client)
         return Acting()
+    if not machine:
+        return _with_cell(rig, lambda c, cell: c.post(list[ResetView], f"cells/{cell}/reset"))
     return _with_cell(rig, lambda c, cell: c.post(ResetView, f"cells/{cell}/machines/{machine}/reset"))
 
 
 def _snapshot(rig: Rig, point: Point) -> Acting:
-    body = {"name": f"snap-{point.number}"}
+    """In every third point of the disk only: the guest is shut down, and boots from it."""
+    body = {"name": f"snap-{point.number}", "kind": "disk" if point.pick > 2 / 3 else "ram"}
     return _with_cell(
         rig, lambda c, cell: c.post(BaselineView, f"cells/{cell}/machines/target-1/snapshot", body)
     )
