@@ -14,12 +14,13 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from typing import NamedTuple, TypeVar
 
-from appliance.cell.baseline import Baseline, Workshop, prove, restore, wake
+from appliance.cell.baseline import Baseline, Workshop, prove, require_bootable, restore, wake
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.proof import Proof
 from appliance.cell.renewal import Renewal, require_proved
 from appliance.cell.roster import Roster
 from appliance.cell.segment import Segment
+from appliance.cell.spec import MachineSpec
 from appliance.cell.standby import StandbyPool
 from appliance.errors import HotcellError, LabError
 
@@ -129,8 +130,13 @@ class Cell:
             ResetError: a machine and its replacement were withheld. After this and any other error none of the
                 group is plugged, but for one whose link could not be cut.
             LabError: a link was not cut, the cell was condemned, or libvirt, QEMU or a guest refused.
+            PrerequisiteError: a machine needs firmware that this host has not; nothing was touched.
         """
         began, renewed = time.monotonic(), threading.Event()
+        for baseline in baselines:  # before anything is taken apart
+            require_bootable(baseline)
+            if baseline.machine.devices:
+                renewed.set()  # the old machine's end is what the new one waits for
         names = {b.machine.name for b in baselines}
         with self._pool.undisturbed() if self._pool else nullcontext():
             try:
@@ -198,6 +204,7 @@ class Cell:
         withheld: list[Proof] = []
         while True:
             start = time.monotonic() if withheld else began
+            self._wait_for_devices(baseline.machine)
             clone = restore(self._shop, baseline, self.id)
             self._enter(clone)
             try:
@@ -213,6 +220,20 @@ class Cell:
             self._drop(clone)
             if len(withheld) == _ATTEMPTS:
                 return Renewal(clone, proof, why, tuple(withheld), 0.0, 0.0)
+
+    def _wait_for_devices(self, machine: MachineSpec) -> None:
+        """A device is one machine's at a time: let the one before go first.
+
+        Raises:
+            LabError: it is not gone.
+        """
+        if not machine.devices:
+            return
+        concurrent.futures.wait(self._roster.ends())
+        if any(m.name == machine.name for m in self._roster.everything()):
+            raise LabError(
+                f"{machine.name} of {self.id} still holds its devices: {', '.join(machine.devices)}"
+            )
 
     def _drop(self, clone: Incarnation) -> None:
         """End a machine that is not proved, and was never plugged in."""

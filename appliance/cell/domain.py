@@ -31,8 +31,8 @@ class DomainSpec(Frozen):
 
     ``incoming`` makes it wait for a stream of state. It then is a clone, which maps ``ram_file`` privately,
     unless ``share_ram`` makes it a twin, which takes RAM from the stream and leaves it in the file. Without a
-    ``ram_file`` its RAM is its own, and ends with it. A machine with UEFI keeps its variables in ``nvram``, which
-    libvirt makes from the firmware's template if there is no such file.
+    ``ram_file`` its RAM is its own, and ends with it. A machine with UEFI runs ``uefi_code`` and keeps its
+    variables in ``nvram``.
     """
 
     domain: str
@@ -41,6 +41,7 @@ class DomainSpec(Frozen):
     machine: MachineSpec
     accelerator: Accelerator
     overlay: Path
+    uefi_code: Path | None = None
     nvram: Path | None = None
     ram_file: Path | None
     incoming: bool
@@ -85,12 +86,8 @@ def domain_xml(spec: DomainSpec) -> str:
 def _boot(root: ET.Element, spec: DomainSpec) -> None:
     boot = _sub(root, "os")
     _sub(boot, "type", "hvm", arch="x86_64", machine="q35")
-    if spec.nvram is not None:
-        # libvirt chooses among the firmware that the host's QEMU describes. Without Secure Boot: that one needs
-        # system management mode, and would not start a kernel that its keys do not vouch for.
-        # https://libvirt.org/formatdomain.html#bios-bootloader
-        boot.set("firmware", "efi")
-        _sub(_sub(boot, "firmware"), "feature", enabled="no", name="secure-boot")
+    if spec.nvram is not None:  # https://libvirt.org/formatdomain.html#bios-bootloader
+        _sub(boot, "loader", str(spec.uefi_code), readonly="yes", type="pflash")
         _sub(boot, "nvram", str(spec.nvram))
     if spec.incoming:
         return  # it goes on from a saved state and never boots; kernel and initrd would take 15 MB of its own memory

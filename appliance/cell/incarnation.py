@@ -56,8 +56,8 @@ class Incarnation:
         self.pid: int | None = None
         self._port: Port | None = None
         self.own_files = [OwnFile.made("overlay", spec.overlay)]
-        self.nvram_sha256 = ""  # as it was before the machine started; without one, libvirt makes it then
-        if spec.nvram is not None and spec.nvram.exists():
+        self.nvram_sha256 = ""  # as it was before the machine started
+        if spec.nvram is not None:
             self.own_files.append(OwnFile.made("NVRAM", spec.nvram))
             self.nvram_sha256 = hashlib.sha256(spec.nvram.read_bytes()).hexdigest()
         self._libvirt = libvirt
@@ -259,15 +259,14 @@ def prepare(
 ) -> Incarnation:
     """Make the folder and the overlay of a new incarnation; nothing runs yet, and nothing is left on failure.
 
-    A machine with UEFI gets a copy of ``nvram``, or without one its firmware's own when it first starts.
+    A machine with UEFI gets a copy of ``nvram``, or without one of what its firmware starts with.
 
     Raises:
         CommandError: the overlay could not be made (a full disk, a missing layer).
         PrerequisiteError: the machine needs UEFI firmware and the host has none.
         OSError: the NVRAM could not be copied.
     """
-    if machine.firmware is Firmware.UEFI:
-        require_uefi()
+    uefi = require_uefi() if machine.firmware is Firmware.UEFI else None
     number = secrets.token_hex(4)
     folder = paths.cells / cell / f"{machine.name}-{number}"
     ledger.enter(Kind.FOLDER, str(folder), cell)
@@ -275,8 +274,8 @@ def prepare(
     top, flash = folder / "disk.qcow2", folder / "nvram.fd"
     try:
         overlay.create_overlay(top, backing)
-        if nvram is not None:
-            flash.write_bytes(nvram.read_bytes())
+        if uefi is not None:
+            flash.write_bytes((nvram or uefi.variables).read_bytes())
             flash.chmod(0o600)
     except BaseException:
         shutil.rmtree(folder)
@@ -289,7 +288,8 @@ def prepare(
         machine=machine,
         accelerator=accelerator,
         overlay=top,
-        nvram=flash if machine.firmware is Firmware.UEFI else None,
+        uefi_code=uefi.code if uefi else None,
+        nvram=flash if uefi else None,
         ram_file=ram_file,
         incoming=incoming,
         bridge=bridge_name(cell),

@@ -110,6 +110,11 @@ class Roster:
         if self._machines.get(machine.name) is machine:
             del self._machines[machine.name]
 
+    def ends(self) -> list[Future[None]]:
+        """Ends under way."""
+        with self._lock:
+            return [f for f in self._ends if not f.done()]
+
     def take_ends(self) -> list[Future[None]]:
         """Ends under way that nobody has waited for."""
         with self._lock:

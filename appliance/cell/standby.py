@@ -21,7 +21,6 @@ from appliance.cell.libvirt_door import DomainState
 from appliance.cell.processes import is_domain_process
 from appliance.cell.proof import Proof
 from appliance.cell.segment import Segment
-from appliance.cell.spec import MachineSpec
 from appliance.cell.wishes import Wishes
 from appliance.errors import HotcellError, ResetError
 
@@ -29,7 +28,7 @@ STANDBY = "standby"
 _CLOSE_S = 60.0
 _HURRY_S = 2.0
 _DROP_S = 8.0
-Room = Callable[[MachineSpec], str]
+Room = Callable[[Baseline], str]
 
 
 class Standby(NamedTuple):
@@ -44,10 +43,10 @@ class StandbyPool:
     """Keeps one standby of each wanted baseline, made in a thread of its own. Safe from several threads.
 
     Those that the last owner wished which ended stay until they are taken, or somebody needs their room.
-    ``room`` says why there is no room for one more machine now, or "" if there is.
+    ``room`` says why there is no room for one more machine of a baseline now, or "" if there is.
     """
 
-    def __init__(self, shop: Workshop, room: Room = lambda _machine: "") -> None:
+    def __init__(self, shop: Workshop, room: Room = lambda _baseline: "") -> None:
         self._shop = shop
         self._room = room
         self._segment = Segment(STANDBY, shop.ledger)
@@ -251,9 +250,9 @@ class StandbyPool:
         why, made, failed = "", None, False
         self._custody.destroy_lost()
         try:
-            why = self._room(baseline.machine)
+            why = self._room(baseline)
             if why and self._give_up_parting(baseline):
-                why = self._room(baseline.machine)
+                why = self._room(baseline)
             if not why:
                 made = self._make(baseline)
         except Exception as e:  # noqa: BLE001 - without a standby a reset is slower, and says why

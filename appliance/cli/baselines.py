@@ -86,7 +86,7 @@ def described(view: BaselineDetail) -> str:
         *([("memory", view.memory)] if view.memory else []),
         ("versions", ", ".join(f"{k} {v}" for k, v in sorted(view.versions.items()))),
         *(("layer", layer) for layer in view.layers),
-        *(("proof", f"{k}: {v}") for k, v in view.held_against.items()),
+        *(("held to", f"{k}: {v}") for k, v in view.held_against.items()),
         *(("needed by", reason) for reason in view.needed_by),
         ("problem", view.problem or "none"),
     ]

@@ -253,7 +253,7 @@ def _passthrough(facts: HostFacts) -> tuple[Finding, ...]:
     uefi = _check(
         "UEFI firmware",
         bool(facts.uefi),
-        facts.uefi[0] if facts.uefi else "none",
+        facts.uefi or "none",
         "OVMF without Secure Boot, for machines that a GPU is handed to",
         f"{_SETUP}, or {firmware.HINT}",
         "warn",

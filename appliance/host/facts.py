@@ -70,7 +70,7 @@ class HostFacts(Frozen):
     cache_free: int  # bytes on the file system of the cache
     iommu_groups: int
     devices: tuple[pci.PciDevice, ...]
-    uefi: tuple[str, ...]  # firmware files
+    uefi: str  # path of the firmware; "" is missing
     clock_source: str
     wall_clock: float
 
@@ -100,7 +100,7 @@ def gather(
         cache_free=host_capacity(paths.cache).disk_free,
         iommu_groups=pci.iommu_group_count(sysfs),
         devices=pci.pci_devices(sysfs),
-        uefi=firmware.uefi_firmware(),
+        uefi=os.fspath(uefi.code) if (uefi := firmware.find_uefi()) else "",
         clock_source=_text(sysfs / "devices/system/clocksource/clocksource0/current_clocksource"),
         wall_clock=time.time(),
     )

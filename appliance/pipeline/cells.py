@@ -226,27 +226,38 @@ class CellDesk:
 
         Raises:
             NotFoundError: there is no baseline of that name.
-            ConflictError: it is another machine's.
+            ConflictError: it is another machine's, or one of a machine that is larger or has other devices.
         """
         self._own(cell)
         with self._claims.hold(cell, machine):
             found = self._own(cell)  # again: it may have been closed until we had it
             chosen = found.baseline(machine)  # also of a machine that an earlier reset lost
             if baseline:
-                chosen = self._named(baseline, machine, cell)
+                chosen = self._named(baseline, found, chosen)
             return self._reset(found, [chosen])[0]
 
-    def _named(self, name: str, machine: str, cell: str) -> Baseline:
-        store = self._bench.shelf.store
+    def _named(self, name: str, cell: Cell, present: Baseline) -> Baseline:
+        """The baseline of that name, if it is one for the machine of ``present`` in this cell."""
+        store, machine = self._bench.shelf.store, present.machine
         found = store.get(name)
-        if found.machine.name != machine:
-            own = ", ".join(b.id for b in store.all() if b.machine.name == machine) or "none"
+        if found.machine.name != machine.name:
+            own = ", ".join(b.id for b in store.all() if b.machine.name == machine.name) or "none"
             raise ConflictError(
-                f"{name} is a baseline of {found.machine.name}, not of {machine}",
-                hint=f"baselines of {machine}: {own}",
+                f"{name} is a baseline of {found.machine.name}, not of {machine.name}",
+                hint=f"baselines of {machine.name}: {own}",
             )
+        if found.machine.devices != machine.devices:
+            have, wants = (" ".join(m.devices) or "none" for m in (machine, found.machine))
+            raise ConflictError(
+                f"{name} is of a machine with other passed-through devices: {wants}; {machine.name} has {have}",
+                hint="choose a baseline that was saved with the same devices",
+            )
+        after = cell.baselines | {machine.name: found}
+        self._grants.require_within(
+            cell.id, need_of([b.machine for b in after.values()], self._settings.limits.disk_mb)
+        )
         store.verify(found)
-        store.hold([found], cell)
+        store.hold([found], cell.id)
         return found
 
     def reset_all(self, cell: str) -> list[ResetView]:

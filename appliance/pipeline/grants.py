@@ -9,10 +9,11 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+from appliance.cell.baseline import Baseline, DiskBaseline
 from appliance.cell.cell import Cell
 from appliance.cell.incarnation import Incarnation
-from appliance.cell.spec import MachineSpec
 from appliance.config.settings import GuestSettings
+from appliance.errors import ConflictError
 from appliance.host.capacity import HostCapacity, held_memory
 from appliance.pipeline.admission import (
     OVERHEAD_MIB,
@@ -139,20 +140,45 @@ class Grants:
         if over:
             self._standbys.try_again()
 
-    def room_for_standby(self, machine: MachineSpec) -> str:
-        """Why there is no room for one more machine that stands by, or "".
+    def room_for_standby(self, baseline: Baseline) -> str:
+        """Why there is no room for one more machine of this baseline that stands by, or "".
 
-        A paused machine does not grow, so it takes only what a clone holds before it works. It never takes
-        what is promised to running machines, nor anything while somebody waits for room.
+        A paused machine does not grow, so a clone takes only what it holds before it works. One that boots has
+        memory of its own, all of it. It never takes what is promised to running machines, nor anything while
+        somebody waits for room, nor a device that a running machine has.
         """
+        machine = baseline.machine
+        if machine.devices:
+            return f"{machine.name} has passed-through devices, of which there are no second ones"
         if self._waits:
             return f"a trial waits: {self._waits}"
+        need_mib = OVERHEAD_MIB + (machine.memory_mib if isinstance(baseline, DiskBaseline) else 0)
         with self._lock:
             free = free_after_promises(self._measure(), self._held(), self._rules)
-        if free < OVERHEAD_MIB * _MIB:
+        if free < need_mib * _MIB:
             free_mib = max(0, free) // _MIB
-            return f"{machine.name} standing by needs {OVERHEAD_MIB} MiB, {free_mib} MiB free after promises"
+            return f"{machine.name} standing by needs {need_mib} MiB, {free_mib} MiB free after promises"
         return ""
+
+    def require_within(self, cell: str, need: Need) -> None:
+        """Refuse that a cell's machines become more than what it was given room for.
+
+        Raises:
+            ConflictError: they would take more memory or virtual CPUs.
+        """
+        with self._lock:
+            granted = self._granted.get(cell)
+        if granted is None:
+            return
+        for what, unit, asked, have in (
+            ("memory", " MiB", need.memory // _MIB, granted.memory // _MIB),
+            ("virtual CPUs", "", need.vcpus, granted.vcpus),
+        ):
+            if asked > have:
+                raise ConflictError(
+                    f"cell {cell} would have {asked}{unit} of {what}, and was given room for {have}{unit}",
+                    hint="choose a baseline of a machine that is no larger",
+                )
 
     def _held(self) -> Held:
         # What templates hold while a granted cell's baselines are made is not counted: their RAM is a shared file,

@@ -17,7 +17,8 @@ from appliance.cell.cell import Cell
 from appliance.cell.credentials import SshKeys
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.spec import MachineSpec
-from appliance.errors import ConflictError, ResetError
+from appliance.errors import ConflictError, PrerequisiteError, ResetError
+from appliance.model import Role
 from appliance.trial.making import Makers, Making
 from appliance.trial.warmup import recipe, warm_up
 
@@ -52,7 +53,10 @@ class BaselineShelf:
 
         Raises:
             LabError: a baseline could not be made.
+            PrerequisiteError: a trial's origin can only be booted.
         """
+        if created_by == "trial":
+            _require_warm_origin(machines)
         with concurrent.futures.ThreadPoolExecutor(max(1, len(machines))) as pool:
             made = pool.map(lambda m: self._one(m, report, check, created_by), machines)
             return {b.machine.name: b for b in made}
@@ -135,6 +139,19 @@ class BaselineShelf:
         self._makers.end_all()
         if wait_s:
             self._makers.wait(wait_s)
+
+
+def _require_warm_origin(machines: Sequence[MachineSpec]) -> None:
+    """A model server that was started before the machine was saved does not run after a boot.
+
+    Without this the subject would meet a dead port, which would look like a failure of its own.
+    """
+    for machine in machines:
+        if machine.role is Role.ORIGIN and (why := why_cold(machine.devices, machine.firmware)):
+            raise PrerequisiteError(
+                f"{machine.name} has {why}: it boots anew for each trial, and nothing starts its model server then",
+                hint="use a machine without; trials of such machines are not possible yet",
+            )
 
 
 def _kind(machine: MachineSpec) -> BaselineKind:

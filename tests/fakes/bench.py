@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from appliance.cell.baseline import RECORD, Baseline, BaselineStore
+from appliance.cell.baseline import RECORD, Baseline, BaselineStore, file_fact
+from appliance.cell.baseline.kinds import parts
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.spec import MachineSpec
 from appliance.cell.standby import StandbyPool
@@ -55,6 +56,10 @@ class FakeShelf:
         """A baseline whose record is there, and nothing else of it."""
         made = self._host.baseline(name)
         made.folder.mkdir(exist_ok=True)
+        files = {part: made.folder / part for part in parts(made.kind, made.machine.firmware)}
+        for path in files.values():
+            path.touch()
+        made = made.model_copy(update={"files": {part: file_fact(path) for part, path in files.items()}})
         (made.folder / RECORD).write_text(made.model_dump_json())
         return made
 
@@ -106,7 +111,7 @@ class Workbench:
         self.ports: list[EventPort] = []
         self.bench = Bench(
             made.paths, made.shop, self.shelf, Store(made.paths.database), KEY, 1, self._links,  # type: ignore
-            StandbyPool(made.shop, lambda _machine: self.no_room),
+            StandbyPool(made.shop, lambda _baseline: self.no_room),
         )  # fmt: skip
         made.on_restore = self._restored
         made.guest("origin").on_agent = lambda _argv: self._start()
@@ -114,7 +119,7 @@ class Workbench:
         monkeypatch.setattr(process, "_left", 1)
         monkeypatch.setattr("appliance.pipeline.process.netlink.view", made.net.view)
         monkeypatch.setattr(watch, "_TICK_S", 0.005)
-        monkeypatch.setattr(settling, "_used", lambda _machine: None)  # else it is what the tests use
+        monkeypatch.setattr(settling, "_used", lambda _baseline: None)  # else it is what the tests use
         monkeypatch.setattr(
             TrialFolder, "start_capture", lambda own, _interface: self._start_capture(own.folder)
         )

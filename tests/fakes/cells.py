@@ -13,14 +13,16 @@ import pytest
 
 from appliance.cell import cell as cell_module
 from appliance.cell import incarnation, overlay, standby
-from appliance.cell.baseline import DISK, RAM, Baseline, RamBaseline, Workshop
+from appliance.cell.baseline import DISK, RAM, Baseline, RamBaseline, Workshop, record
 from appliance.cell.cell import Cell
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.ledger import Ledger
 from appliance.cell.proof import SCRIPT_SHA256, Check, Expected, Proof
+from appliance.host import firmware
+from appliance.host.firmware import Uefi
 from appliance.host.paths import Paths
 from appliance.model import Accelerator
-from tests.fakes.machine import FakeGuest, FakeLibvirt, FakeNet, leftovers, machine_spec
+from tests.fakes.machine import NVRAM_TEMPLATE, FakeGuest, FakeLibvirt, FakeNet, leftovers, machine_spec
 
 
 def baseline(name: str, folder: Path) -> Baseline:
@@ -60,7 +62,11 @@ class Host:
         for module in (cell_module, standby):
             monkeypatch.setattr(module, "restore", self._restore)
             monkeypatch.setattr(module, "prove", self._prove)
-        monkeypatch.setattr(incarnation, "require_uefi", lambda: None)
+        self.uefi = Uefi(home / "code.fd", home / "variables.fd")
+        self.uefi.code.write_bytes(b"firmware")
+        self.uefi.variables.write_bytes(NVRAM_TEMPLATE)
+        for uses in (incarnation, record, firmware):
+            monkeypatch.setattr(uses, "require_uefi", lambda: self.uefi)
         monkeypatch.setattr(standby, "is_domain_process", lambda pid, _name: pid == os.getpid())
 
     def _restore(self, shop: Workshop, saved: Baseline, cell: str) -> Incarnation:

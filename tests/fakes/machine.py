@@ -323,9 +323,6 @@ class FakeLibvirt:
             if source is not None and target is not None and target.get("name") == PROOF_PORT:
                 self._ports[Path(source.get("path", ""))] = name
         self._do("start", name)
-        nvram = tree.findtext("os/nvram")
-        if nvram and not Path(nvram).exists():
-            Path(nvram).write_bytes(NVRAM_TEMPLATE)
         self.owners[name] = owner.text or ""
         self.domains[name] = DomainState.PAUSED if paused else DomainState.RUNNING
         self.guest(self._machine[name])

@@ -56,10 +56,10 @@ def write_layer(path: Path, below: Path) -> None:
 
 def publish_one(
     h: Host, label: str, *, parent: Baseline | None = None, kind: str = "ram", name: str = "target-1",
-    firmware: Firmware = Firmware.BIOS,
+    **changes: object,
 ) -> Baseline:  # fmt: skip
     """A baseline with real files: 64 MiB of RAM, almost all of it a hole, on its parent or on the image."""
-    spec = machine(h, name, firmware=firmware)
+    spec = machine(h, name, **changes)
     chain = parent.expected.chain if parent else (spec.image.disk,)
     common = {
         "key": label.ljust(64, "0"), "machine": spec, "accelerator": Accelerator.TCG, "files": {}, "below": {},
@@ -70,8 +70,8 @@ def publish_one(
         write_layer(site.folder / DISK, chain[0])
         below = (site.final / DISK, *chain)
         if kind == "disk":
-            if firmware is Firmware.UEFI:
-                (site.folder / NVRAM).write_bytes(NVRAM_TEMPLATE + CONTENT)
+            if spec.firmware is Firmware.UEFI:
+                (site.folder / NVRAM).write_bytes(NVRAM_TEMPLATE[::-1])
             cold = ColdExpected(boot_id="b0", nonce="n0", chain=below)
             return publish(DiskBaseline(expected=cold, folder=site.final, **common), site.folder)
         with (site.memory / RAM).open("wb") as f:

@@ -18,6 +18,7 @@ CASES: dict[str, tuple[str, bool, Accelerator]] = {
     "clone-kvm": ("target-1", True, Accelerator.KVM),
     "world-tcg": ("world", True, Accelerator.TCG),
     "uefi-kvm": ("target-1", False, Accelerator.KVM),
+    "uefi-device-kvm": ("target-1", False, Accelerator.KVM),
 }
 
 
@@ -26,10 +27,12 @@ def domain_spec(case: str) -> DomainSpec:
     name, incoming, accelerator = CASES[case]
     machine, uefi = machine_spec(name), case.startswith("uefi-")
     if uefi:
-        machine = machine.model_copy(update={"firmware": Firmware.UEFI})
+        devices = ("0000:41:00.0",) if "device" in case else ()
+        machine = machine.model_copy(update={"firmware": Firmware.UEFI, "devices": devices})
     return DomainSpec(
         domain=f"hc-t20260101-000000-0a1b2c-{name}-0a1b2c3d", uuid="11111111-2222-4333-8444-555555555555",
         owner="hotcell", machine=machine, accelerator=accelerator, overlay=_FOLDER / "disk.qcow2",
+        uefi_code=Path("/usr/share/OVMF/OVMF_CODE_4M.fd") if uefi else None,
         nvram=_FOLDER / "nvram.fd" if uefi else None,
         ram_file=None if uefi else Path("/var/lib/hotcell/baselines/origin-0123456789ab/ram"), incoming=incoming,
         bridge="hcb01234567", tap="hct01234567", events_socket=_FOLDER / "events",

@@ -52,7 +52,6 @@ def test_what_every_machine_must_and_must_not_have(case: str) -> None:
     assert [n.get("type") for n in nics] == ["bridge"], "one network back end, and it is a tap on our bridge"
     for way_out in (
         "graphics",
-        "hostdev",
         "filesystem",
         "redirdev",
         "shmem",
@@ -79,18 +78,26 @@ def test_kvm_and_tcg_differ_in_type_and_cpu_only() -> None:
     assert kvm.replace('type="kvm"', 'type="qemu"').replace("host-passthrough", "maximum") == tcg
 
 
-def test_only_uefi_has_flash_and_it_needs_no_secure_boot() -> None:
-    boot = tree("uefi-kvm").find("os")
-    assert boot is not None
-    assert boot.get("firmware") == "efi"
-    feature = boot.find("firmware/feature")
-    assert feature is not None
-    assert feature.attrib == {"enabled": "no", "name": "secure-boot"}
-    assert str(boot.findtext("nvram")).endswith("/nvram.fd")
-    for case in set(CASES) - {"uefi-kvm"}:
+UEFI = {"uefi-kvm", "uefi-device-kvm"}
+
+
+def test_only_uefi_has_flash() -> None:
+    for case in UEFI:
+        boot = tree(case).find("os")
+        assert boot is not None
+        loader = boot.find("loader")
+        assert loader is not None
+        assert loader.attrib == {"readonly": "yes", "type": "pflash"}
+        assert str(boot.findtext("nvram")).endswith("/nvram.fd")
+    for case in set(CASES) - UEFI:
         other = tree(case).find("os")
         assert other is not None
-        assert (other.get("firmware"), other.find("nvram"), other.find("firmware")) == (None, None, None)
+        assert (other.find("nvram"), other.find("loader")) == (None, None)
+
+
+def test_only_what_is_to_have_a_device_has_one() -> None:
+    devices = {case: len(tree(case).findall("devices/hostdev")) for case in CASES}
+    assert devices == {**dict.fromkeys(CASES, 0), "uefi-device-kvm": 1}
 
 
 def test_a_comma_in_a_path_stays_inside_its_option() -> None:

@@ -60,7 +60,10 @@ def test_libvirt_takes_it_and_keeps_what_matters(path: Path) -> None:
         "hcb01234567", "52:54:00:77:00:", "type='qcow2'",
     ):  # fmt: skip
         assert part in kept, f"libvirt dropped {part}"
-    assert ("root=/dev/vda rw" in kept) is path.stem.startswith("template"), "a clone boots no kernel"
+    boots = path.stem.startswith(("template", "uefi"))
+    assert ("root=/dev/vda rw" in kept) is boots, "a clone boots no kernel"
+    flash = ("<loader readonly='yes' type='pflash'>" in kept, "nvram.fd</nvram>" in kept)
+    assert flash == (path.stem.startswith("uefi"),) * 2
 
 
 def test_there_are_files_to_define() -> None:

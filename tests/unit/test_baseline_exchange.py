@@ -162,6 +162,25 @@ def test_nvram_travels_with_its_disk(h: Host, tmp_path: Path) -> None:
     nothing_left(h, "back", "cold")
 
 
+def test_no_import_hands_a_device_of_this_host_to_a_guest(h: Host, tmp_path: Path) -> None:
+    """The addresses are those of the host that it was saved on: here they may be the disk or the network."""
+    target = out(h, publish_one(h, "cold", kind="disk", firmware=Firmware.UEFI), tmp_path / "out")
+    edit(target, devices=["0000:00:1f.6"])
+    with pytest.raises(PrerequisiteError, match=r"0000:00:1f\.6.*something else here"):
+        in_(h, target, "back")
+    nothing_left(h, "cold")
+
+
+def test_nvram_of_other_firmware_is_refused(h: Host, tmp_path: Path) -> None:
+    target = out(h, publish_one(h, "cold", kind="disk", firmware=Firmware.UEFI), tmp_path / "out")
+    h.uefi.variables.write_bytes(bytes(4096))
+    with pytest.raises(
+        PrerequisiteError, match=r"other UEFI firmware: its NVRAM has 17 bytes.* this host 4096"
+    ):
+        in_(h, target, "back")
+    nothing_left(h, "cold")
+
+
 def test_a_disk_baseline_travels_to_any_processor_and_accelerator(h: Host, tmp_path: Path) -> None:
     target = out(h, publish_one(h, "cold", kind="disk"), tmp_path / "out")
     assert {p.name for p in target.iterdir()} == {DISK, MANIFEST}

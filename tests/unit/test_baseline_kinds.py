@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
@@ -87,12 +88,20 @@ def test_no_ram_baseline_of_a_machine_with_devices_can_be_written_down(h: Host) 
     assert DiskBaseline(**{**dict(cold), "machine": with_gpu(h)}).machine.devices == (GPU,)
 
 
-def test_a_machine_with_devices_has_uefi_and_its_disk_baseline_has_nvram(h: Host) -> None:
+def test_a_machine_with_devices_has_uefi(h: Host) -> None:
     with pytest.raises(ValidationError, match="has UEFI firmware"):
         MachineSpec(**{**dict(machine(h)), "devices": (GPU,)})
-    cold = publish_one(h, "cold", kind="disk")
-    with pytest.raises(ValidationError, match="has its NVRAM"):
-        DiskBaseline(**{**dict(cold), "machine": with_gpu(h)})
+
+
+@pytest.mark.parametrize("part", [DISK, NVRAM])
+def test_a_record_that_lacks_a_file_is_not_read(h: Host, part: str) -> None:
+    """Or what is missing would be made anew, and nothing would be left to compare it with."""
+    made = publish_one(h, "cold", kind="disk", firmware=Firmware.UEFI)
+    record = made.folder / "baseline.json"
+    told = json.loads(record.read_text())
+    del told["files"][part]
+    record.write_text(json.dumps(told))
+    assert read(made.folder) is None
 
 
 def test_a_record_that_claims_one_is_not_read(h: Host) -> None:
@@ -155,6 +164,17 @@ def test_devices_and_kind_are_part_of_the_key(h: Host) -> None:
         for kind in ("ram", "disk")
     }
     assert len(keys) == 6
+
+
+def test_the_firmware_is_part_of_the_key_of_who_has_any(h: Host) -> None:
+    def keys() -> list[str]:
+        return [baseline_key(m, Accelerator.TCG, {}, "r", "disk") for m in (machine(h), with_uefi(h))]
+
+    before = keys()
+    h.uefi.code.write_bytes(b"an update of the firmware")
+    after = keys()
+    assert before[0] == after[0]
+    assert before[1] != after[1]
 
 
 # -- a disk baseline from making to proof ----------------------------------------------------------------

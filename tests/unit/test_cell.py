@@ -13,14 +13,16 @@ import pytest
 
 from appliance.cell import cell as cell_module
 from appliance.cell import netlink, overlay
+from appliance.cell.baseline import NVRAM, Baseline, ColdExpected, DiskBaseline, FileFact
 from appliance.cell.cell import Cell
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.ledger import Kind
 from appliance.cell.libvirt_door import DomainState
 from appliance.cell.processes import is_domain_process, kill_domain_process
 from appliance.cell.proof import Proof
-from appliance.errors import CommandError, LabError, NotFoundError, ResetError
+from appliance.errors import CommandError, LabError, NotFoundError, PrerequisiteError, ResetError
 from appliance.host.clock import wait_until
+from appliance.model import Firmware
 from tests.fakes.cells import Host, host
 from tests.fakes.machine import is_domain_name
 
@@ -486,3 +488,78 @@ def test_a_pid_that_is_not_the_domains_is_never_killed() -> None:
     assert not kill_domain_process(None, "x")
     assert not kill_domain_process(1 << 22, "x")
     assert not is_domain_process(1 << 22, "x")
+
+
+# -- machines with devices, and with firmware --------------------------------------------------------------
+
+
+def with_device(h: Host) -> Baseline:
+    made = h.baseline("target-1")
+    cold = ColdExpected(boot_id="b0", nonce="n0", chain=())
+    fields = {k: v for k, v in dict(made).items() if k not in ("kind", "expected", "memory")}
+    machine = made.machine.model_copy(update={"devices": ("0000:01:00.0",), "firmware": Firmware.UEFI})
+    size = h.uefi.variables.stat().st_size
+    fields["files"] = {NVRAM: FileFact(sha256="", size=size, inode=0, mtime_ns=0, ctime_ns=0)}
+    return DiskBaseline(**{**fields, "machine": machine}, expected=cold)
+
+
+def only_one_has_the_device(h: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As libvirt: a second machine with a device in use does not start. A machine's end takes a moment."""
+    start, destroy = h.libvirt.start, h.libvirt.destroy
+
+    def exclusive(xml: str, *, paused: bool) -> None:
+        if "<hostdev" in xml and h.libvirt.domains:
+            raise LabError("PCI device 0000:01:00.0 is in use by driver QEMU")
+        start(xml, paused=paused)
+
+    def slowly(name: str) -> None:
+        time.sleep(0.2)
+        destroy(name)
+
+    monkeypatch.setattr(h.libvirt, "start", exclusive)
+    monkeypatch.setattr(h.libvirt, "destroy", slowly)
+
+
+def test_a_machine_with_a_device_is_gone_before_the_next_one_starts(
+    h: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only_one_has_the_device(h, monkeypatch)
+    cell, saved = Cell("c1", h.shop), with_device(h)
+    cell.open()
+    cell.restore_all([saved], lambda _p: None)
+    first = cell.machine("target-1")
+    assert cell.reset([saved], lambda _p: None)[0].proof.proved
+    assert first.state is DomainState.GONE
+    h.unproved = {"target-1"}
+    with pytest.raises(ResetError, match="withheld"):  # its replacement has the device in its turn
+        cell.reset([saved], lambda _p: None)
+    cell.close()
+    assert h.left == []
+
+
+def test_a_machine_that_withstands_keeps_its_device_and_that_is_told(
+    h: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only_one_has_the_device(h, monkeypatch)
+    cell, saved = Cell("c1", h.shop), with_device(h)
+    cell.open()
+    cell.restore_all([saved], lambda _p: None)
+    h.libvirt.refuse = {"destroy"}
+    with pytest.raises(LabError, match=r"still holds its devices: 0000:01:00\.0"):
+        cell.reset([saved], lambda _p: None)
+    h.libvirt.refuse = set()
+    cell.close()
+    assert h.left == []
+
+
+def test_a_host_with_other_firmware_says_so_before_a_machine_is_lost(h: Host) -> None:
+    cell, saved = Cell("c1", h.shop), with_device(h)
+    cell.open()
+    cell.restore_all([saved], lambda _p: None)
+    first = cell.machine("target-1")
+    h.uefi.variables.write_bytes(b"variables of the other kind of firmware")
+    with pytest.raises(PrerequisiteError, match="other UEFI firmware"):
+        cell.reset([saved], lambda _p: None)
+    assert cell.machine("target-1") is first
+    assert first.state is DomainState.RUNNING
+    cell.close()

@@ -5,17 +5,20 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
+from appliance.cell.baseline import ColdExpected, DiskBaseline
 from appliance.cell.incarnation import Incarnation
 from appliance.config.settings import GuestSettings
 from appliance.errors import CapacityError
 from appliance.host.capacity import HostCapacity
+from appliance.model import Firmware
 from appliance.pipeline.admission import Need
 from appliance.pipeline.dispatch import Dispatcher, Job
 from appliance.pipeline.grants import Grants
-from tests.fakes.machine import machine_spec
+from tests.fakes.cells import baseline
 
 GIB = 1 << 30
 RULES = GuestSettings(headroom_mib=256, disk_floor_mib=64, cpu_overcommit=64)
@@ -193,16 +196,33 @@ def test_standbys_go_before_a_trial_waits(floor: Floor) -> None:
 
 
 def test_no_standby_while_somebody_waits_for_memory(floor: Floor) -> None:
-    assert floor.grants.room_for_standby(machine_spec()) == ""
+    assert floor.grants.room_for_standby(baseline("target-1", Path("/b"))) == ""
     floor.put("a", 12)
     floor.put("b", 12)
     wait_for(lambda: "b" in floor.told)
-    assert "a trial waits" in floor.grants.room_for_standby(machine_spec())
+    assert "a trial waits" in floor.grants.room_for_standby(baseline("target-1", Path("/b")))
     floor.let("a")
     wait_for(lambda: floor.running == ["b"])
-    assert floor.grants.room_for_standby(machine_spec()) == ""
+    assert floor.grants.room_for_standby(baseline("target-1", Path("/b"))) == ""
     floor.memory = 12.3
-    assert "standing by needs 128 MiB, 51 MiB free" in floor.grants.room_for_standby(machine_spec())
+    assert "standing by needs 128 MiB, 51 MiB free" in floor.grants.room_for_standby(
+        baseline("target-1", Path("/b"))
+    )
+
+
+def test_one_that_boots_needs_all_of_its_memory_and_one_with_devices_has_no_second(floor: Floor) -> None:
+    clone = baseline("target-1", Path("/b"))
+    cold = ColdExpected(boot_id="b0", nonce="n0", chain=())
+    fields = {k: v for k, v in dict(clone).items() if k not in ("kind", "expected", "memory")}
+    booted = DiskBaseline(expected=cold, **fields)
+    floor.memory = 0.5
+    assert floor.grants.room_for_standby(clone) == ""
+    assert "standing by needs 640 MiB" in floor.grants.room_for_standby(booted)
+    floor.memory = 14
+    assert floor.grants.room_for_standby(booted) == ""
+    devices = {"devices": ("0000:01:00.0",), "firmware": Firmware.UEFI}
+    with_device = booted.model_copy(update={"machine": booted.machine.model_copy(update=devices)})
+    assert "no second ones" in floor.grants.room_for_standby(with_device)
 
 
 def test_standbys_are_tried_again_when_there_may_be_room(floor: Floor) -> None:

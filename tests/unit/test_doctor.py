@@ -45,7 +45,7 @@ GOOD = HostFacts(
     cache_free=400 * GIB,
     iommu_groups=0,
     devices=(),
-    uefi=("/usr/share/OVMF/OVMF_CODE_4M.fd",),
+    uefi="/usr/share/OVMF/OVMF_CODE_4M.fd",
     clock_source="tsc",
     wall_clock=1_800_000_000.0,
 )
@@ -202,7 +202,7 @@ def test_a_card_alone_in_its_group_is_fine_and_one_without_is_not(sysfs: Path) -
 
 
 def test_a_card_needs_uefi_firmware_and_nothing_else_does(sysfs: Path) -> None:
-    without = GOOD.model_copy(update={"uefi": ()})
+    without = GOOD.model_copy(update={"uefi": ""})
     assert "UEFI firmware" not in {f.name for f in doctor.judge(without, HostSettings())}
     with_card = without.model_copy(update={"devices": pci.pci_devices(sysfs)})
     found = next(f for f in doctor.judge(with_card, HostSettings()) if f.name == "UEFI firmware")

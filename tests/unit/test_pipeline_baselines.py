@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from appliance.cell.baseline import RAM, Baseline, exporting, sparse
 from appliance.cell.standby import Standby
 from appliance.config import HostSettings, load_library
 from appliance.errors import ConflictError, HostError, NotFoundError, ResetError
+from appliance.model import Firmware
 from appliance.pipeline import cells as cells_module
 from appliance.pipeline.lab import Lab
 from appliance.service import CellRequest, TransferView
@@ -78,7 +80,7 @@ def test_what_an_open_cell_uses_stays_until_it_is_closed(lab: Lab, w: Workbench)
 
 def test_a_standby_makes_way_and_others_stay(lab: Lab, w: Workbench) -> None:
     mine, other = publish_one(w.host, "mine"), publish_one(w.host, "other", name="origin")
-    w.bench.standbys.ask(lambda _machine: "")
+    w.bench.standbys.ask(lambda _baseline: "")
     w.bench.standbys.keep("c1", [mine, other])
     assert w.bench.standbys.wait_ready(5), w.bench.standbys.missing()
     assert any("of standby runs on it" in n for n in lab.baseline("mine").needed_by)
@@ -99,7 +101,7 @@ def test_a_standby_in_the_making_makes_way(
         return made or make(baseline)
 
     mine = publish_one(w.host, "mine")
-    w.bench.standbys.ask(lambda _machine: "")
+    w.bench.standbys.ask(lambda _baseline: "")
     monkeypatch.setattr(w.bench.standbys, "_make", slowly)
     w.bench.standbys.keep("c1", [mine])
     assert begun.wait(5)
@@ -110,7 +112,7 @@ def test_a_standby_in_the_making_makes_way(
 
 def test_a_standby_that_withstands_is_swept_by_a_living_server(lab: Lab, w: Workbench) -> None:
     mine = publish_one(w.host, "mine")
-    w.bench.standbys.ask(lambda _machine: "")
+    w.bench.standbys.ask(lambda _baseline: "")
     w.bench.standbys.keep("c1", [mine])
     assert w.bench.standbys.wait_ready(5), w.bench.standbys.missing()
     (domain,) = (m.domain for m in w.bench.standbys.ready().values())
@@ -119,6 +121,30 @@ def test_a_standby_that_withstands_is_swept_by_a_living_server(lab: Lab, w: Work
     w.host.libvirt.refuse = set()
     assert [(s.name, s.outcome) for s in lab.sweep(dry_run=False).strays] == [(domain, "removed")]
     assert lab.sweep(dry_run=True).strays == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"memory_mib": 1 << 20}, "MiB of memory, and was given room for"),
+        ({"vcpus": 64}, "virtual CPUs, and was given room for"),
+        (
+            {"devices": ("0000:01:00.0",), "firmware": Firmware.UEFI},
+            "other passed-through devices: 0000:01:00.0;",
+        ),
+    ],
+)
+def test_no_machine_becomes_larger_than_its_cell_was_given_room_for(
+    lab: Lab, w: Workbench, changes: dict[str, Any], told: str
+) -> None:
+    cell = lab.open_cell(CellRequest()).id
+    kind = "disk" if "devices" in changes else "ram"
+    publish_one(w.host, "larger", kind=kind, **changes)
+    with pytest.raises(ConflictError, match=told):
+        lab.reset(cell, "target-1", "larger")
+    assert lab.exec(cell, "target-1", ["/bin/true"], 5).rc == 0, "nothing was done to it"
+    publish_one(w.host, "smaller")
+    assert lab.reset(cell, "target-1", "smaller").proved
 
 
 def test_a_machine_goes_back_to_another_baseline_of_its_own(lab: Lab, w: Workbench) -> None:
@@ -166,7 +192,7 @@ def test_after_a_snapshot_the_next_machine_stands_by_on_it(
     monkeypatch.setattr(cells_module, "snapshot", lambda *_: mine)
     monkeypatch.setattr(cells_module, "require_free_name", lambda _name: None)
     monkeypatch.setattr(w.bench.shelf, "all", list)
-    w.bench.standbys.ask(lambda _machine: "")
+    w.bench.standbys.ask(lambda _baseline: "")
     lab.snapshot(cell, "target-1", "mine")
     assert w.bench.standbys.wait_ready(5), w.bench.standbys.missing()
     assert "mine" in w.bench.standbys.ready()

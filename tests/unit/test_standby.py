@@ -93,7 +93,7 @@ def test_a_trial_starts_from_standbys_unplugged(h: Host, pool: StandbyPool) -> N
 
 @pytest.mark.parametrize("why", ["no room: 12 MiB are free", ""])
 def test_without_one_the_reset_is_direct_and_says_why(h: Host, why: str) -> None:
-    pool = StandbyPool(h.shop, lambda _machine: why)
+    pool = StandbyPool(h.shop, lambda _baseline: why)
     c = cell(h, pool, "origin")
     if why:
         pool.keep("c1", [h.baseline("origin")])
@@ -553,7 +553,7 @@ def test_those_of_the_last_owner_that_ended_stay_for_the_next(h: Host, pool: Sta
 
 
 def test_those_of_who_ended_make_way_for_who_is_there(h: Host) -> None:
-    pool = StandbyPool(h.shop, lambda _machine: "no room" if h.libvirt.domains else "")
+    pool = StandbyPool(h.shop, lambda _baseline: "no room" if h.libvirt.domains else "")
     pool.keep("t1", [h.baseline("origin")])
     assert pool.wait_ready(WAIT_S)
     pool.keep("t2", [h.baseline("target-1")])
@@ -585,7 +585,7 @@ def test_those_given_up_are_made_again_when_there_is_room(h: Host, pool: Standby
 
 
 def test_what_somebody_who_ended_held_is_made_again_for_others(h: Host) -> None:
-    pool = StandbyPool(h.shop, lambda _machine: "no room" if h.libvirt.domains else "")
+    pool = StandbyPool(h.shop, lambda _baseline: "no room" if h.libvirt.domains else "")
     pool.keep("c1", [h.baseline("origin")])
     assert pool.wait_ready(WAIT_S)
     pool.give_up("given up for a trial")

@@ -16,7 +16,7 @@ from appliance.cell.cell import Cell
 from appliance.cell.credentials import SshKeys, ssh_keys
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.spec import MachineSpec
-from appliance.errors import LabError, ResetError
+from appliance.errors import LabError, PrerequisiteError, ResetError
 from appliance.model import Firmware, Role
 from appliance.trial import subject, warmup
 from appliance.trial.baselines import BaselineShelf
@@ -95,6 +95,17 @@ def test_the_kind_follows_from_the_machine_and_who_asked_is_noted(h: Host, makin
     with_device = MACHINES[0].model_copy(update={"devices": ("0000:01:00.0",), "firmware": Firmware.UEFI})
     shelf.ensure((with_device, MACHINES[1]), lambda *_: None, created_by="cell")
     assert sorted(making.asked) == [("origin", "disk", "cell"), ("target-1", "ram", "cell")]
+
+
+def test_no_trial_starts_with_an_origin_that_boots(h: Host, making: Making) -> None:
+    """Its model server would not run, and the subject be blamed for it."""
+    origin = MACHINES[0].model_copy(update={"firmware": Firmware.UEFI})
+    with pytest.raises(PrerequisiteError, match="nothing starts its model server"):
+        BaselineShelf(h.shop, KEYS).ensure((origin, MACHINES[1]), lambda *_: None)
+    assert making.asked == []
+    target = MACHINES[1].model_copy(update={"firmware": Firmware.UEFI})
+    BaselineShelf(h.shop, KEYS).ensure((MACHINES[0], target), lambda *_: None)
+    assert sorted(making.asked) == [("origin", "ram", "trial"), ("target-1", "disk", "trial")]
 
 
 def test_a_damaged_one_that_others_build_on_is_not_made_anew(h: Host) -> None:

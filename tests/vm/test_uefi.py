@@ -11,12 +11,24 @@ from pathlib import Path
 import pytest
 
 from appliance.cell import baseline as saved
-from appliance.cell.baseline import DISK, NVRAM, Baseline, DiskBaseline, Workshop, restoring
+from appliance.cell.baseline import (
+    DISK,
+    NVRAM,
+    Baseline,
+    BaselineStore,
+    DiskBaseline,
+    Workshop,
+    exporting,
+    importing,
+    restoring,
+)
 from appliance.cell.cell import Cell
 from appliance.cell.incarnation import Incarnation
+from appliance.cell.libvirt_door import DomainState
 from appliance.cell.proof import Proof
 from appliance.cell.snapshot import snapshot
 from appliance.cell.spec import MachineSpec
+from appliance.cell.standby import StandbyPool
 from appliance.errors import ConflictError, ResetError
 from appliance.host.paths import Paths
 from appliance.model import Firmware, Role
@@ -107,6 +119,34 @@ def test_what_firmware_remembers_is_the_baselines_and_its_ram_is_never_saved(
     finally:
         cell.destroy_machines()
         shutil.rmtree(kept.folder)
+
+
+def test_one_that_was_taken_elsewhere_boots_stands_by_and_is_swapped_in(
+    shop: Workshop, booted: DiskBaseline, tmp_path: Path
+) -> None:
+    def silent(_done: int, _total: int) -> None:
+        pass
+
+    exporting.export(shop, booted, tmp_path / "out", "export-uefi", silent)
+    taken = importing.import_(shop, tmp_path / "out", "taken", "import-uefi", silent)
+    pool = StandbyPool(shop)
+    cell = Cell("c-taken", shop, pool)
+    try:
+        assert taken.files[NVRAM].sha256 == booted.files[NVRAM].sha256
+        cell.open()
+        pool.keep(cell.id, [taken])
+        assert pool.wait_ready(200), pool.missing()
+        (standby,) = pool.ready().values()
+        assert (standby.state, standby.plugged) == (DomainState.PAUSED, False)
+        (renewal,) = cell.reset([taken], lambda _p: None)
+        assert (renewal.machine, renewal.direct_because) == (standby, "")
+        assert renewal.proof.proved
+        assert standby.plugged
+        assert variable(standby, "Kept", "in the firmware of the one that stood by").startswith("in the")
+    finally:
+        pool.close()
+        cell.close()
+        BaselineStore(shop).delete(taken)
 
 
 def test_a_machine_that_started_with_other_nvram_is_withheld(

@@ -7,6 +7,7 @@ proportion to RAM or to what the last run dirtied. A ``disk`` baseline has the d
 machine has UEFI firmware; its machines boot.
 """
 
+from appliance.cell.baseline.cold import require_bootable
 from appliance.cell.baseline.kinds import (
     DISK,
     NVRAM,
@@ -67,6 +68,7 @@ __all__ = [
     "read",
     "read_all",
     "record_expected",
+    "require_bootable",
     "require_kind",
     "restore",
     "wake",

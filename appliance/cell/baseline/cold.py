@@ -10,14 +10,26 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from appliance.cell.baseline.kinds import DISK, NVRAM, RAM, ColdExpected, DiskBaseline
+from appliance.cell.baseline.kinds import DISK, NVRAM, RAM, Baseline, ColdExpected, DiskBaseline
 from appliance.cell.baseline.record import check_files
 from appliance.cell.baseline.template import AGENT_LIMIT_S
 from appliance.cell.baseline.workshop import Workshop
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.proof import Check, GuestFacts, Proof, disk_checks, guest_facts, reseeded
 from appliance.errors import GuestChannelError, GuestTamperError, LabError
-from appliance.model import printable
+from appliance.host.firmware import require_same_kind
+from appliance.model import Firmware, printable
+
+
+def require_bootable(baseline: Baseline) -> None:
+    """Refuse a machine that needs firmware which this host has not. Cheap: for before anything is taken apart.
+
+    Raises:
+        PrerequisiteError: there is no UEFI firmware, or not the kind that it was saved with.
+    """
+    if baseline.machine.firmware is Firmware.UEFI:
+        fact = baseline.files.get(NVRAM)
+        require_same_kind(fact.size if fact else 0, baseline.id)
 
 
 def boot(shop: Workshop, baseline: DiskBaseline, cell: str) -> Incarnation:
@@ -28,7 +40,7 @@ def boot(shop: Workshop, baseline: DiskBaseline, cell: str) -> Incarnation:
         LabError: libvirt or QEMU refused.
     """
     check_files(baseline)
-    nvram = baseline.path(NVRAM) if NVRAM in baseline.files else None
+    nvram = baseline.path(NVRAM) if baseline.machine.firmware is Firmware.UEFI else None
     clone = shop.prepare(
         baseline.machine, cell, backing=baseline.path(DISK), nvram=nvram, ram=None, incoming=False
     )
@@ -80,8 +92,9 @@ def cold_checks(facts: GuestFacts, expected: ColdExpected) -> Iterator[Check]:
 
 def _nvram_checks(clone: Incarnation, baseline: DiskBaseline) -> Iterator[Check]:
     """What the firmware started with was a copy of the baseline's; nothing to check without UEFI."""
-    if NVRAM in baseline.files:
-        saved, found = baseline.files[NVRAM].sha256, clone.nvram_sha256 or "made anew"
+    if baseline.machine.firmware is Firmware.UEFI:
+        fact, found = baseline.files.get(NVRAM), clone.nvram_sha256
+        saved = fact.sha256 if fact else "none was saved"
         yield Check(name="NVRAM was the baseline's", passed=found == saved, expected=saved, found=found)
 
 

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from appliance.build import Image, list_images
 from appliance.cell import overlay
 from appliance.cell.baseline.exporting import Progress, onward
-from appliance.cell.baseline.kinds import RAM, STATE, Baseline, ColdExpected, DiskBaseline, RamBaseline
+from appliance.cell.baseline.kinds import NVRAM, RAM, STATE, Baseline, ColdExpected, DiskBaseline, RamBaseline
 from appliance.cell.baseline.manifest import Manifest, read_manifest
 from appliance.cell.baseline.record import cpu_fingerprint, publish
 from appliance.cell.baseline.sparse import copy
@@ -29,6 +29,7 @@ from appliance.cell.qcow2 import read_header
 from appliance.cell.spec import GuestImage, MachineSpec
 from appliance.errors import ConfigError, ConflictError, LabError, NotFoundError, PrerequisiteError
 from appliance.host.capacity import require_room
+from appliance.host.firmware import require_same_kind
 from appliance.model import NAME_PATTERN, Accelerator
 
 # Names that the laboratory gives to what it makes itself: machine and the first digits of a key.
@@ -110,10 +111,18 @@ def _label(shop: Workshop, manifest: Manifest, name: str | None) -> str:
 
 
 def _require_fit(shop: Workshop, manifest: Manifest) -> None:
-    """Device state and RAM go on only where they were saved from; a disk boots anywhere.
+    """Device state and RAM go on only where they were saved from; a disk boots anywhere, but for devices.
 
     Under TCG the guest's processor is QEMU's own, whatever the host's is.
     """
+    if manifest.devices:
+        raise PrerequisiteError(
+            f"{manifest.name} is of a machine with passed-through devices ({', '.join(manifest.devices)}): those are "
+            "addresses of the host that it was saved on, and name something else here",
+            hint="make it anew here",
+        )
+    if NVRAM in manifest.files:
+        require_same_kind(manifest.files[NVRAM].size, manifest.name)
     if manifest.kind == "disk":
         return
     here = shop.libvirt.versions()

@@ -93,12 +93,6 @@ class DiskBaseline(Saved):
     kind: Literal["disk"] = "disk"
     expected: ColdExpected
 
-    @model_validator(mode="after")
-    def _has_its_parts(self) -> DiskBaseline:
-        if self.files and not set(parts("disk", self.machine.firmware)) <= set(self.files):
-            raise ValueError("a disk baseline of a machine with UEFI firmware has its NVRAM")
-        return self
-
 
 Baseline = RamBaseline | DiskBaseline
 

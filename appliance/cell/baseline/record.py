@@ -19,8 +19,9 @@ from appliance.cell.proof import SCRIPT_SHA256
 from appliance.cell.spec import MachineSpec
 from appliance.errors import ConflictError, ResetError
 from appliance.host.durable import sync_folder, write_durably
+from appliance.host.firmware import require_uefi
 from appliance.host.paths import Paths
-from appliance.model import Accelerator
+from appliance.model import Accelerator, Firmware
 
 RECORD = "baseline.json"
 _BASELINE: TypeAdapter[Baseline] = TypeAdapter(Annotated[Baseline, Field(discriminator="kind")])
@@ -33,7 +34,11 @@ def baseline_key(
     recipe: str,
     kind: BaselineKind = "ram",
 ) -> str:
-    """sha256 over everything a baseline depends on. ``recipe`` names and versions its warm-up."""
+    """sha256 over everything a baseline depends on. ``recipe`` names and versions its warm-up.
+
+    Raises:
+        PrerequisiteError: the machine needs UEFI firmware and the host has none.
+    """
     basis = {
         "machine": machine.model_dump(mode="json"),
         "accelerator": accelerator,
@@ -43,6 +48,7 @@ def baseline_key(
         "script": SCRIPT_SHA256,
         "host_cpu": _cpu_model(),
         "kind": kind,
+        **({"firmware": require_uefi().fingerprint} if machine.firmware is Firmware.UEFI else {}),
     }
     return hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
 
@@ -123,7 +129,8 @@ def file_fact(path: Path, sha256: str = "") -> FileFact:
 
 
 def read(folder: Path) -> Baseline | None:
-    """The record of a baseline's folder; an unreadable one counts as none, and so does one of another place.
+    """The record of a baseline's folder; an unreadable one counts as none, and one that lacks a file, or is of
+    another place.
 
     A home that was copied holds records that name the files of the first: those are not this home's to use,
     and least of all to remove.
@@ -132,7 +139,8 @@ def read(folder: Path) -> Baseline | None:
         record = _BASELINE.validate_json((folder / RECORD).read_bytes())
     except (OSError, ValidationError):
         return None
-    return record if record.folder == folder else None
+    whole = set(parts(record.kind, record.machine.firmware)) <= set(record.files)
+    return record if whole and record.folder == folder else None
 
 
 def read_all(paths: Paths) -> list[Baseline]:
