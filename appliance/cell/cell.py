@@ -16,6 +16,7 @@ from typing import NamedTuple, TypeVar
 
 from appliance.cell.baseline import Baseline, Workshop, prove, require_bootable, restore, wake
 from appliance.cell.incarnation import Incarnation
+from appliance.cell.libvirt_door import DomainState
 from appliance.cell.proof import Proof
 from appliance.cell.renewal import Renewal, require_proved
 from appliance.cell.roster import Roster
@@ -222,17 +223,19 @@ class Cell:
                 return Renewal(clone, proof, why, tuple(withheld), 0.0, 0.0)
 
     def _wait_for_devices(self, machine: MachineSpec) -> None:
-        """A device is one machine's at a time: let the one before go first.
+        """A device is one machine's at a time: let the one before go first. What withstood its end is tried again.
 
         Raises:
-            LabError: it is not gone.
+            LabError: it still runs.
         """
         if not machine.devices:
             return
         concurrent.futures.wait(self._roster.ends())
-        if any(m.name == machine.name for m in self._roster.everything()):
+        before = [m for m in self._roster.everything() if m.name == machine.name]
+        concurrent.futures.wait(self._begin_to_end(before))
+        if running := [m.domain for m in before if m.state is not DomainState.GONE]:
             raise LabError(
-                f"{machine.name} of {self.id} still holds its devices: {', '.join(machine.devices)}"
+                f"{running[0]} still holds the devices of {machine.name}: {', '.join(machine.devices)}"
             )
 
     def _drop(self, clone: Incarnation) -> None:

@@ -11,7 +11,7 @@ import secrets
 import shutil
 import signal
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -153,6 +153,10 @@ class Incarnation:
     def hmp(self, command: str) -> str:
         """One human monitor command."""
         return self._libvirt.hmp(self.spec.domain, command)
+
+    def watch_end(self) -> contextlib.AbstractContextManager[Callable[[float], bool]]:
+        """As :meth:`Libvirt.watch_end`."""
+        return self._libvirt.watch_end(self.spec.domain)
 
     def kill(self) -> bool:
         """SIGKILL its QEMU and nothing more; :meth:`destroy` still has to follow. True if it was sent."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import queue
 import xml.etree.ElementTree as ET
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Self, TypeVar
@@ -132,6 +133,37 @@ class Libvirt:
                 raise LabError(f"libvirt does not destroy {name}: {e}") from e
         # libvirt keeps one of about 8 KiB for every domain that ever was, and ours are never twice the same.
         (self.root / "log" / "qemu" / f"{name}.log").unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def watch_end(self, name: str) -> Iterator[Callable[[float], bool]]:
+        """Watch how a domain ends. The function that is given waits up to so many seconds for its end to be told,
+        and says whether the guest had powered itself off: a QEMU that was killed has not.
+
+        https://libvirt.org/html/libvirt-libvirt-domain.html#virDomainEventStoppedDetailType
+
+        Raises:
+            LabError: libvirt knows no such domain.
+        """
+        told: queue.SimpleQueue[bool] = queue.SimpleQueue()
+
+        def lifecycle(_connection: Any, _domain: Any, event: int, detail: int, _opaque: Any) -> None:
+            if event == libvirt.VIR_DOMAIN_EVENT_STOPPED:
+                told.put(detail == libvirt.VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN)
+
+        def powered_off(limit_s: float) -> bool:
+            with contextlib.suppress(queue.Empty):
+                return told.get(timeout=limit_s)
+            return False
+
+        def register() -> int:
+            domain, kind = self._conn.lookupByName(name), libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE
+            return int(self._conn.domainEventRegisterAny(domain, kind, lifecycle, None))
+
+        number = self._call(f"watch {name}", register, QUERY_S, name)
+        try:
+            yield powered_off
+        finally:
+            self._call("end a watch", lambda: self._conn.domainEventDeregisterAny(number), QUERY_S)
 
     def list_domains(self, owner_ns: str) -> list[DomainFact]:
         """All live domains with their owner tags."""

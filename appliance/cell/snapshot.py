@@ -24,6 +24,7 @@ from appliance.cell.baseline import (
     making,
     publish,
     record_expected,
+    require_bootable,
     require_kind,
 )
 from appliance.cell.baseline.template import new_record, record_cold, shut_down, take_files
@@ -42,6 +43,7 @@ def snapshot(
     ``kind`` is the parent's unless it is given.
 
     Raises:
+        PrerequisiteError: it needs firmware that this host has not any more.
         ConflictError: the label is taken, or the machine cannot have a baseline of this kind.
         CapacityError: its RAM may not fit where it is to lie; the machine is untouched.
         LabError: QEMU refused, or the guest did not shut down; the machine is gone then too.
@@ -51,6 +53,7 @@ def snapshot(
     machine = cell.machine(name)
     kind = kind or parent.kind
     require_kind(machine.spec.machine, kind)
+    require_bootable(parent)  # or the machine would be used up for what cannot be started
     of_ram = machine.spec.machine if kind == "ram" else None
     with making(shop, label, cell.id, of_ram, in_use=True) as site:
         if site.final.exists():
@@ -61,7 +64,7 @@ def snapshot(
         fields: dict[str, Any] = {
             "key": hashlib.sha256(f"{parent.key} {label} {secrets.token_hex(16)}".encode()).hexdigest(),
             "machine": parent.machine, "accelerator": shop.accelerator, "files": {}, "below": {},
-            "versions": shop.libvirt.versions(), "folder": site.final, "label": label, "parent": parent.id,
+            "versions": shop.versions(parent.machine), "folder": site.final, "label": label, "parent": parent.id,
             "created_by": "request",
         }  # fmt: skip
         if kind == "ram":

@@ -55,7 +55,7 @@ class GuestImage(Frozen):
 class MachineSpec(Frozen):
     """One machine of a cell. Memory in MiB; ``devices`` are host functions passed through to it.
 
-    One with devices has UEFI firmware: a GPU's large memory needs it.
+    One with devices has UEFI firmware.
     """
 
     name: Name

@@ -59,6 +59,7 @@ class StandbyPool:
         self._changed = threading.Condition()
         self._custody = Custody(STANDBY, shop.ledger, self._changed)
         self._worker: threading.Thread | None = None
+        self._unproved: tuple[Incarnation, Baseline, int] | None = None  # and in which generation it is made
 
     def ask(self, room: Room) -> None:
         """Whom to ask for room from now on."""
@@ -95,7 +96,8 @@ class StandbyPool:
         with self._changed:
             if self._closed:
                 return
-            self._wishes.keep(owner, baselines)
+            # Of a device there is no second one, so nothing that has one can stand by.
+            self._wishes.keep(owner, [b for b in baselines if not b.machine.devices])
             surplus = self._take_surplus()
             if self._wishes.all and self._worker is None:
                 self._worker = threading.Thread(target=self._work, name="standbys", daemon=True)
@@ -129,8 +131,20 @@ class StandbyPool:
         self._custody.wait_none_of(baseline_id, _DROP_S)
 
     def _take_surplus(self) -> list[Standby]:
+        """What stands by and nobody wants; one that is being made is killed, since it may boot for minutes."""
         wanted = self._wishes.all
+        if self._unproved is not None:
+            machine, baseline, generation = self._unproved
+            if not self._current(baseline, generation):
+                machine.kill()  # whoever waits for it to answer sees that it is gone
         return [self._ready.pop(k) for k in list(self._ready) if k not in wanted]
+
+    def _take_all(self) -> list[Standby]:
+        """Everything that stands by; :meth:`_take_surplus` first, for what is being made."""
+        surplus = self._take_surplus()
+        surplus += self._ready.values()
+        self._ready.clear()
+        return surplus
 
     def take(self, baseline: Baseline, cell: str) -> tuple[Standby | None, str]:
         """Hand the standby of this baseline over to a cell, still paused and unplugged; or None and why not.
@@ -194,8 +208,7 @@ class StandbyPool:
         """
         with self._changed:
             self._wishes.give_up(why)
-            given_up = list(self._ready.values())
-            self._ready.clear()
+            given_up = self._take_all()
             self._changed.notify_all()
         self._custody.destroy(s.machine for s in given_up)
         return len(given_up)
@@ -204,8 +217,7 @@ class StandbyPool:
         """Destroy every standby and want none; returns how many there were."""
         with self._changed:
             self._wishes.clear()
-            dropped = list(self._ready.values())
-            self._ready.clear()
+            dropped = self._take_all()
         self._custody.destroy(s.machine for s in dropped)
         return len(dropped)
 
@@ -254,19 +266,16 @@ class StandbyPool:
             if why and self._give_up_parting(baseline):
                 why = self._room(baseline)
             if not why:
-                made = self._make(baseline)
+                made = self._make(baseline, generation)
         except Exception as e:  # noqa: BLE001 - without a standby a reset is slower, and says why
             why, failed = _told(e), True
         with self._changed:
-            wished = self._wishes.all.get(baseline.id) == baseline
-            current = wished and generation == self._wishes.generation
+            current = self._current(baseline, generation)
             if made is not None:
                 self._custody.hold(made.machine, baseline.id)
             if made is not None and current:
                 self._ready[baseline.id], made = made, None
-            elif failed or (
-                why and asked == self._wishes.asked
-            ):  # else there may be room since it was looked for
+            elif current and (failed or asked == self._wishes.asked):  # else there may be room meanwhile
                 self._wishes.not_made(baseline.id, why)
             self._changed.notify_all()
         if made is not None:
@@ -282,10 +291,16 @@ class StandbyPool:
         self._custody.destroy(s.machine for s in surplus)
         return bool(surplus)
 
-    def _make(self, baseline: Baseline) -> Standby:
+    def _current(self, baseline: Baseline, generation: int) -> bool:
+        """Whether what was begun in this generation is wanted still."""
+        return generation == self._wishes.generation and self._wishes.all.get(baseline.id) == baseline
+
+    def _make(self, baseline: Baseline, generation: int) -> Standby:
         self._make_segment()
         began = time.monotonic()
         machine = restore(self._shop, baseline, STANDBY)
+        with self._changed:
+            self._unproved = machine, baseline, generation
         try:
             standby = Standby(machine, baseline, prove(machine, baseline, began, will_stand_by=True))
             _require_proved(standby)
@@ -294,6 +309,9 @@ class StandbyPool:
             self._custody.hold(machine, baseline.id)
             self._custody.destroy([machine])
             raise
+        finally:
+            with self._changed:
+                self._unproved = None
         return standby
 
     def _make_segment(self) -> None:

@@ -76,6 +76,8 @@ def _described(path: Path) -> Uefi | None:
         fits = (
             "uefi" in told["interface-types"]
             and mapping["device"] == "flash"
+            and mapping.get("mode", "split") == "split"
+            and {mapping[part]["format"] for part in ("executable", "nvram-template")} == {"raw"}
             and not _SECURE & set(told["features"])
             and any(_runs_on(target) for target in told["targets"])
         )

@@ -64,6 +64,9 @@ class CellDesk:
         self._lock = threading.Lock()
         self._claims = Claims()
         self._guards: dict[str, CellGuard] = {}
+        self._resizing: dict[
+            str, dict[str, Baseline]
+        ] = {}  # what machines are being reset to, by cell and name
 
     # -- looking --------------------------------------------------------------------------------------
 
@@ -232,12 +235,31 @@ class CellDesk:
         with self._claims.hold(cell, machine):
             found = self._own(cell)  # again: it may have been closed until we had it
             chosen = found.baseline(machine)  # also of a machine that an earlier reset lost
-            if baseline:
-                chosen = self._named(baseline, found, chosen)
-            return self._reset(found, [chosen])[0]
+            if not baseline:
+                return self._reset(found, [chosen])[0]
+            with self._sizes_of(found, self._named(baseline, chosen)) as chosen:
+                self._bench.shelf.store.hold([chosen], cell)
+                return self._reset(found, [chosen])[0]
 
-    def _named(self, name: str, cell: Cell, present: Baseline) -> Baseline:
-        """The baseline of that name, if it is one for the machine of ``present`` in this cell."""
+    @contextmanager
+    def _sizes_of(self, cell: Cell, chosen: Baseline) -> Iterator[Baseline]:
+        """Have a cell's machine become what ``chosen`` is, if there is room; others may do so at the same time."""
+        with self._lock:
+            meanwhile = self._resizing.setdefault(cell.id, {})
+            after = cell.baselines | meanwhile | {chosen.machine.name: chosen}
+            need = need_of([b.machine for b in after.values()], self._settings.limits.disk_mb)
+            self._grants.require_within(cell.id, need)
+            meanwhile[chosen.machine.name] = chosen
+        try:
+            yield chosen
+        finally:
+            with self._lock:
+                meanwhile.pop(chosen.machine.name)
+                if not meanwhile:
+                    self._resizing.pop(cell.id, None)
+
+    def _named(self, name: str, present: Baseline) -> Baseline:
+        """The baseline of that name, whole, if it is one for the machine of ``present``."""
         store, machine = self._bench.shelf.store, present.machine
         found = store.get(name)
         if found.machine.name != machine.name:
@@ -252,12 +274,7 @@ class CellDesk:
                 f"{name} is of a machine with other passed-through devices: {wants}; {machine.name} has {have}",
                 hint="choose a baseline that was saved with the same devices",
             )
-        after = cell.baselines | {machine.name: found}
-        self._grants.require_within(
-            cell.id, need_of([b.machine for b in after.values()], self._settings.limits.disk_mb)
-        )
         store.verify(found)
-        store.hold([found], cell.id)
         return found
 
     def reset_all(self, cell: str) -> list[ResetView]:

@@ -145,11 +145,9 @@ class Grants:
 
         A paused machine does not grow, so a clone takes only what it holds before it works. One that boots has
         memory of its own, all of it. It never takes what is promised to running machines, nor anything while
-        somebody waits for room, nor a device that a running machine has.
+        somebody waits for room.
         """
         machine = baseline.machine
-        if machine.devices:
-            return f"{machine.name} has passed-through devices, of which there are no second ones"
         if self._waits:
             return f"a trial waits: {self._waits}"
         need_mib = OVERHEAD_MIB + (machine.memory_mib if isinstance(baseline, DiskBaseline) else 0)

@@ -68,7 +68,7 @@ class BaselineShelf:
     def _one(
         self, machine: MachineSpec, report: Report, check: Callable[[], None], created_by: CreatedBy
     ) -> Baseline:
-        what, versions = recipe(machine.role, self._keys, warm_model=True), self._shop.libvirt.versions()
+        what, versions = recipe(machine.role, self._keys, warm_model=True), self._shop.versions(machine)
         key = saved.baseline_key(machine, self._shop.accelerator, versions, what, _kind(machine))
         if key in self._checked:
             found = saved.find(self._shop.paths, machine.name, key)

@@ -13,7 +13,7 @@ import pytest
 
 from appliance.cell import cell as cell_module
 from appliance.cell import incarnation, overlay, standby
-from appliance.cell.baseline import DISK, RAM, Baseline, RamBaseline, Workshop, record
+from appliance.cell.baseline import DISK, RAM, Baseline, RamBaseline, Workshop, workshop
 from appliance.cell.cell import Cell
 from appliance.cell.incarnation import Incarnation
 from appliance.cell.ledger import Ledger
@@ -65,7 +65,7 @@ class Host:
         self.uefi = Uefi(home / "code.fd", home / "variables.fd")
         self.uefi.code.write_bytes(b"firmware")
         self.uefi.variables.write_bytes(NVRAM_TEMPLATE)
-        for uses in (incarnation, record, firmware):
+        for uses in (incarnation, workshop, firmware):
             monkeypatch.setattr(uses, "require_uefi", lambda: self.uefi)
         monkeypatch.setattr(standby, "is_domain_process", lambda pid, _name: pid == os.getpid())
 

@@ -7,6 +7,7 @@ What is faked is only what lies outside of the package: libvirt's door, netlink,
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ import subprocess
 import threading
 import uuid
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +300,7 @@ class FakeLibvirt:
         self.closed = False
         self._machine: dict[str, str] = {}
         self._ports: dict[Path, str] = {}
+        self._powered_off: dict[str, bool] = {}
 
     def guest(self, machine: str) -> FakeGuest:
         """The guest of the machine of that name, in whatever incarnation."""
@@ -350,8 +352,21 @@ class FakeLibvirt:
 
     def power_off(self, machine: str) -> None:
         """The guest ends its machine by itself."""
+        self._end(machine, powered_off=True)
+
+    def lose(self, machine: str) -> None:
+        """The machine's QEMU is killed from outside."""
+        self._end(machine, powered_off=False)
+
+    def _end(self, machine: str, *, powered_off: bool) -> None:
         for name in [n for n, m in self._machine.items() if m == machine]:
-            self.domains.pop(name, None)
+            if self.domains.pop(name, None) is not None:
+                self._powered_off[name] = powered_off
+
+    @contextlib.contextmanager
+    def watch_end(self, name: str) -> Iterator[Callable[[float], bool]]:
+        self._require(name)
+        yield lambda _limit_s: self._powered_off.get(name, False)
 
     def list_domains(self, owner_ns: str) -> list[DomainFact]:
         return [DomainFact(n, self.owners.get(n, ""), self.pid(n)) for n in self.domains]

@@ -66,7 +66,7 @@ def _with_cell(rig: Rig, job: Callable[[Client, str], object]) -> Acting:
 
 def _reset(rig: Rig, point: Point) -> Acting:
     """One machine, or in every third point all of the cell as a group."""
-    machine = ("origin", "target-1", "")[int(point.pick * 3)]
+    machine = ("origin", "target-1", "")[point.number % 3]
     if point.kind == "qga":  # the machine first loses its agent, then is reset
         rig.up()
         with rig.client() as client:
@@ -79,7 +79,7 @@ def _reset(rig: Rig, point: Point) -> Acting:
 
 def _snapshot(rig: Rig, point: Point) -> Acting:
     """In every third point of the disk only: the guest is shut down, and boots from it."""
-    body = {"name": f"snap-{point.number}", "kind": "disk" if point.pick > 2 / 3 else "ram"}
+    body = {"name": f"snap-{point.number}", "kind": ("ram", "ram", "disk")[point.number % 3]}
     return _with_cell(
         rig, lambda c, cell: c.post(BaselineView, f"cells/{cell}/machines/target-1/snapshot", body)
     )

@@ -7,6 +7,7 @@ libvirt on a home, no server can.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,10 +31,13 @@ OF_BASELINES = ("snapshot", "export", "import", "delete")
 
 
 @pytest.fixture(scope="module")
-def rig(home: Paths, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    made = Rig(home, tmp_path_factory.mktemp("torture") / "server.log")
+def rig(home: Paths) -> Iterator[Rig]:
+    folder = home.home.with_name(f"{home.home.name}-torture")  # beside it: exports are as large as baselines
+    folder.mkdir()
+    made = Rig(home, folder / "server.log")
     yield made
     made.stop()
+    shutil.rmtree(folder)
 
 
 def started(paths: Paths) -> bool:

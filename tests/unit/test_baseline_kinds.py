@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -35,7 +35,7 @@ from appliance.cell.libvirt_door import DomainState
 from appliance.cell.proof import GuestFacts
 from appliance.cell.snapshot import snapshot
 from appliance.cell.spec import MachineSpec
-from appliance.errors import CapacityError, ConflictError, LabError
+from appliance.errors import CapacityError, ConflictError, LabError, PrerequisiteError
 from appliance.model import Accelerator, Firmware
 from tests.fakes.cells import Host, host
 from tests.fakes.machine import FACTS, NVRAM_TEMPLATE, incarnation
@@ -43,6 +43,7 @@ from tests.fakes.saved import machine, publish_one
 from tests.golden.cases import domain_spec
 
 GPU = "0000:01:00.0"
+BOOTED = NVRAM_TEMPLATE.upper()  # firmware writes as soon as it boots
 
 
 @pytest.fixture
@@ -168,13 +169,15 @@ def test_devices_and_kind_are_part_of_the_key(h: Host) -> None:
 
 def test_the_firmware_is_part_of_the_key_of_who_has_any(h: Host) -> None:
     def keys() -> list[str]:
-        return [baseline_key(m, Accelerator.TCG, {}, "r", "disk") for m in (machine(h), with_uefi(h))]
+        machines = (machine(h), with_uefi(h))
+        return [baseline_key(m, Accelerator.TCG, h.shop.versions(m), "r", "disk") for m in machines]
 
     before = keys()
     h.uefi.code.write_bytes(b"an update of the firmware")
     after = keys()
     assert before[0] == after[0]
     assert before[1] != after[1]
+    assert set(h.shop.versions(with_uefi(h))) == {"libvirt", "qemu", "uefi"}
 
 
 # -- a disk baseline from making to proof ----------------------------------------------------------------
@@ -206,6 +209,27 @@ def test_a_guest_that_does_not_shut_down_gives_none(h: Host) -> None:
         make(h.shop, machine(h), "c1", "k" * 64, lambda _m: None, kind="disk")
     assert (h.libvirt.domains, h.ledger.things()) == ({}, [])
     assert list(h.paths.baselines.iterdir()) == []
+
+
+@pytest.mark.parametrize("way", ["make", "snapshot"])
+def test_a_machine_that_is_killed_while_it_powers_off_is_no_baseline(h: Host, way: str) -> None:
+    """Its disk may be torn, and nothing that boots from it would show that."""
+    obeys(h)
+
+    def killed(_argv: list[str], _stdin: bytes) -> tuple[int, bytes, bytes]:
+        h.libvirt.lose("target-1")
+        return 0, b"", b""
+
+    h.guest("target-1").programs["/usr/bin/systemctl"] = killed
+    ways: dict[str, Callable[[], object]] = {
+        "make": lambda: make(h.shop, machine(h), "c1", "k" * 64, lambda _m: None, kind="disk"),
+        "snapshot": lambda: snapshot(
+            h.shop, h.cell("target-1"), "target-1", publish_one(h, "warm"), "cold", "disk"
+        ),
+    }
+    with pytest.raises(LabError, match="its disk may be torn"):
+        ways[way]()
+    assert {p.name for p in h.paths.baselines.iterdir()} <= {"warm"}
 
 
 def honest_host(monkeypatch: pytest.MonkeyPatch, chain: tuple[Path, ...]) -> None:
@@ -345,7 +369,7 @@ def made_with_uefi(h: Host) -> DiskBaseline:
 
     def boots(template: Incarnation) -> None:
         assert template.spec.nvram is not None
-        template.spec.nvram.write_bytes(NVRAM_TEMPLATE + b" and a boot entry")
+        template.spec.nvram.write_bytes(BOOTED)
 
     made = make(h.shop, with_uefi(h), "c1", "k" * 64, boots, kind="disk")
     assert isinstance(made, DiskBaseline)
@@ -360,7 +384,7 @@ def nvram_of(clone: Incarnation) -> Path:
 def test_nvram_is_part_of_the_baseline_and_every_machine_has_a_copy(h: Host) -> None:
     made = made_with_uefi(h)
     assert set(made.files) == {DISK, NVRAM}
-    assert made.path(NVRAM).read_bytes() == NVRAM_TEMPLATE + b" and a boot entry"
+    assert made.path(NVRAM).read_bytes() == BOOTED
     assert made.path(NVRAM).stat().st_mode & 0o777 == 0o400
     assert (h.ledger.things(), read(made.folder)) == ([], made)
     first = restore(h.shop, made, "c1")
@@ -372,7 +396,7 @@ def test_nvram_is_part_of_the_baseline_and_every_machine_has_a_copy(h: Host) -> 
         clone.destroy()
         assert not nvram_of(clone).exists()
     made.path(NVRAM).chmod(0o600)
-    made.path(NVRAM).write_bytes(NVRAM_TEMPLATE + b" and a boot entrY")
+    made.path(NVRAM).write_bytes(BOOTED[:-1] + b"x")
     with pytest.raises(LabError, match=r"nvram\.fd is not what was saved"):
         restore(h.shop, made, "c1")
 
@@ -389,6 +413,18 @@ def test_a_snapshot_of_the_disk_takes_the_nvram_along(h: Host) -> None:
     made = snapshot(h.shop, cell, "target-1", parent, "later", "disk")
     assert made.path(NVRAM).read_bytes() == b"what was there when it was saved"
     assert made.expected.chain == (made.path(DISK), *parent.expected.chain)
+
+
+def test_a_snapshot_that_could_not_be_started_leaves_its_machine_alone(h: Host) -> None:
+    parent = made_with_uefi(h)
+    cell = h.cell("target-1")
+    clone = cell.machine("target-1")
+    clone.spec = clone.spec.model_copy(update={"machine": parent.machine})
+    h.uefi.variables.write_bytes(b"variables of the other kind of firmware")
+    with pytest.raises(PrerequisiteError, match="other UEFI firmware"):
+        snapshot(h.shop, cell, "target-1", parent, "later", "disk")
+    assert cell.machine("target-1").state is DomainState.RUNNING
+    cell.close()
 
 
 def nvram_checks(h: Host, clone: Incarnation, made: DiskBaseline) -> set[str]:

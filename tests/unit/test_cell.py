@@ -545,9 +545,32 @@ def test_a_machine_that_withstands_keeps_its_device_and_that_is_told(
     cell.open()
     cell.restore_all([saved], lambda _p: None)
     h.libvirt.refuse = {"destroy"}
-    with pytest.raises(LabError, match=r"still holds its devices: 0000:01:00\.0"):
-        cell.reset([saved], lambda _p: None)
+    for _ in range(2):
+        with pytest.raises(LabError, match=r"still holds the devices of target-1: 0000:01:00\.0"):
+            cell.reset([saved], lambda _p: None)
     h.libvirt.refuse = set()
+    assert cell.reset([saved], lambda _p: None)[0].proof.proved, "its end is tried again"
+    cell.close()
+    assert h.left == []
+
+
+def test_what_is_left_of_a_machine_that_is_gone_keeps_no_device(
+    h: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only_one_has_the_device(h, monkeypatch)
+    cell, saved = Cell("c1", h.shop), with_device(h)
+    cell.open()
+    cell.restore_all([saved], lambda _p: None)
+    remove, failing = Incarnation.remove_folder, [True]
+
+    def no_space(machine: Incarnation) -> None:
+        if failing:
+            raise OSError(28, "no space left")
+        remove(machine)
+
+    monkeypatch.setattr(Incarnation, "remove_folder", no_space)
+    assert cell.reset([saved], lambda _p: None)[0].proof.proved
+    failing.clear()
     cell.close()
     assert h.left == []
 

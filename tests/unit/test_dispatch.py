@@ -14,7 +14,6 @@ from appliance.cell.incarnation import Incarnation
 from appliance.config.settings import GuestSettings
 from appliance.errors import CapacityError
 from appliance.host.capacity import HostCapacity
-from appliance.model import Firmware
 from appliance.pipeline.admission import Need
 from appliance.pipeline.dispatch import Dispatcher, Job
 from appliance.pipeline.grants import Grants
@@ -210,7 +209,7 @@ def test_no_standby_while_somebody_waits_for_memory(floor: Floor) -> None:
     )
 
 
-def test_one_that_boots_needs_all_of_its_memory_and_one_with_devices_has_no_second(floor: Floor) -> None:
+def test_a_standby_that_boots_needs_all_of_its_memory(floor: Floor) -> None:
     clone = baseline("target-1", Path("/b"))
     cold = ColdExpected(boot_id="b0", nonce="n0", chain=())
     fields = {k: v for k, v in dict(clone).items() if k not in ("kind", "expected", "memory")}
@@ -220,9 +219,6 @@ def test_one_that_boots_needs_all_of_its_memory_and_one_with_devices_has_no_seco
     assert "standing by needs 640 MiB" in floor.grants.room_for_standby(booted)
     floor.memory = 14
     assert floor.grants.room_for_standby(booted) == ""
-    devices = {"devices": ("0000:01:00.0",), "firmware": Firmware.UEFI}
-    with_device = booted.model_copy(update={"machine": booted.machine.model_copy(update=devices)})
-    assert "no second ones" in floor.grants.room_for_standby(with_device)
 
 
 def test_standbys_are_tried_again_when_there_may_be_room(floor: Floor) -> None:

@@ -41,6 +41,10 @@ def test_only_what_a_machine_can_start_with_is_found(tmp_path: Path) -> None:
     describe(tmp_path, "50-arm", targets=[{"architecture": "aarch64", "machines": ["virt-*"]}])
     describe(tmp_path, "50-old", targets=[{"architecture": "x86_64", "machines": ["pc-i440fx-*"]}])
     describe(tmp_path, "50-memory", mapping={"device": "memory", "filename": str(good.code)})
+    for part in ("executable", "nvram-template"):  # QEMU's flash is told to be raw
+        files = {"executable": str(good.code), "nvram-template": str(good.variables)}
+        mapping = {k: {"filename": v, "format": "qcow2" if k == part else "raw"} for k, v in files.items()}
+        describe(tmp_path, f"50-qcow2-{part}", mapping={"device": "flash", **mapping})
     code_only = {"device": "flash", "executable": {"filename": str(good.code), "format": "raw"}}
     describe(tmp_path, "50-stateless", mapping=code_only)
     describe(tmp_path, "50-no-code").code.unlink()

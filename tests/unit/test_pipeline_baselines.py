@@ -6,12 +6,14 @@ import errno
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from appliance.cell.baseline import RAM, Baseline, exporting, sparse
+from appliance.cell.cell import Cell
 from appliance.cell.standby import Standby
 from appliance.config import HostSettings, load_library
 from appliance.errors import ConflictError, HostError, NotFoundError, ResetError
@@ -94,11 +96,11 @@ def test_a_standby_in_the_making_makes_way(
 ) -> None:
     begun, make = threading.Event(), w.bench.standbys._make
 
-    def slowly(baseline: Baseline) -> Standby:
-        made = make(baseline) if overlay else None
+    def slowly(baseline: Baseline, generation: int) -> Standby:
+        made = make(baseline, generation) if overlay else None
         begun.set()
         time.sleep(0.3)
-        return made or make(baseline)
+        return made or make(baseline, generation)
 
     mine = publish_one(w.host, "mine")
     w.bench.standbys.ask(lambda _baseline: "")
@@ -145,6 +147,37 @@ def test_no_machine_becomes_larger_than_its_cell_was_given_room_for(
     assert lab.exec(cell, "target-1", ["/bin/true"], 5).rc == 0, "nothing was done to it"
     publish_one(w.host, "smaller")
     assert lab.reset(cell, "target-1", "smaller").proved
+
+
+def test_two_machines_do_not_become_larger_behind_each_others_back(
+    lab: Lab, w: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = lab.open_cell(CellRequest()).id
+    before = {b.machine: b for b in lab.baselines()}
+    least = lab.baseline(before["target-1"].name).memory_mib
+    for name in ("origin", "target-1"):
+        publish_one(w.host, f"smaller-{name}", name=name, memory_mib=64)
+        publish_one(w.host, f"larger-{name}", name=name, memory_mib=2 * least - 64)
+        lab.reset(cell, name, f"smaller-{name}")
+    inside, go, real = threading.Event(), threading.Event(), Cell.reset
+
+    def slow(self: Cell, baselines: Any, on_proof: Any) -> Any:
+        inside.set()
+        assert go.wait(5)
+        return real(self, baselines, on_proof)
+
+    monkeypatch.setattr(Cell, "reset", slow)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(lab.reset, cell, "origin", "larger-origin")
+        assert inside.wait(5)
+        with pytest.raises(ConflictError, match="was given room for"):
+            lab.reset(cell, "target-1", "larger-target-1")
+        go.set()
+        assert first.result().proved
+    with pytest.raises(ConflictError, match="was given room for"):
+        lab.reset(cell, "target-1", "larger-target-1")
+    assert lab.reset(cell, "origin", "smaller-origin").proved
+    assert lab.reset(cell, "target-1", "larger-target-1").proved
 
 
 def test_a_machine_goes_back_to_another_baseline_of_its_own(lab: Lab, w: Workbench) -> None:

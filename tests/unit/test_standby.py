@@ -17,6 +17,7 @@ from appliance.cell.proof import Proof
 from appliance.cell.standby import STANDBY, StandbyPool
 from appliance.cell.sweep import Ground, find_strays, remove
 from appliance.errors import LabError, ResetError
+from appliance.host.clock import wait_until
 from tests.fakes.cells import Host, host
 
 WAIT_S = 10
@@ -682,6 +683,75 @@ def test_dropping_one_that_is_being_made_waits_for_its_end(h: Host, pool: Standb
     pool.drop(h.baseline("origin").id)
     assert h.libvirt.domains == {}
     assert not list(h.paths.cells.glob("*/*/disk.qcow2"))
+
+
+def boots_slowly(h: Host, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Machines that answer only after minutes, or are seen to be gone; the event says that one boots."""
+    booting = threading.Event()
+    real = standby_module.prove  # type: ignore[attr-defined] # the one in memory
+
+    def prove(clone: Incarnation, *args: object, **more: object) -> Proof:
+        booting.set()
+        wait_until(lambda: clone.state is DomainState.GONE, WAIT_S, "it to be killed", interval=0.01)
+        h.unproved = {clone.name}
+        return real(clone, *args, **more)  # type: ignore[arg-type]
+
+    def kill(clone: Incarnation) -> bool:
+        h.libvirt.lose(clone.name)
+        return True
+
+    monkeypatch.setattr(standby_module, "prove", prove)
+    monkeypatch.setattr(Incarnation, "kill", kill)
+    return booting
+
+
+@pytest.mark.parametrize("way", ["drop", "keep", "forget", "give_up", "drop_all", "close"])
+def test_one_that_boots_and_that_nobody_wants_any_more_is_killed(
+    h: Host, pool: StandbyPool, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    booting, origin = boots_slowly(h, monkeypatch), h.baseline("origin")
+    pool.keep("c1", [origin])
+    assert booting.wait(WAIT_S)
+    began = time.monotonic()
+    if way == "forget":  # what the last one that ended had wished is still made, until another one has ended
+        pool.forget("c1")
+        assert h.libvirt.domains
+        pool.keep("c2", [])
+    ask: dict[str, Callable[[], object]] = {
+        "drop": lambda: pool.drop(origin.id), "keep": lambda: pool.keep("c1", []),
+        "forget": lambda: pool.drop(origin.id),
+        "give_up": lambda: pool.give_up("a trial needs the room"), "drop_all": pool.drop_all, "close": pool.close,
+    }  # fmt: skip
+    ask[way]()
+    wait_until(lambda: h.libvirt.domains == {}, 5, "it to be gone", interval=0.01)
+    assert time.monotonic() - began < WAIT_S / 2
+    told = "a trial needs the room" if way == "give_up" else None
+    assert pool.missing().get(origin.id) == told, "and not that it failed"
+
+
+def test_one_that_is_wanted_still_is_left_alone(
+    h: Host, pool: StandbyPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    booting, origin = boots_slowly(h, monkeypatch), h.baseline("origin")
+    pool.keep("c1", [origin])
+    assert booting.wait(WAIT_S)
+    pool.keep("c1", [origin, h.baseline("target-1")])
+    pool.keep("c2", [origin])
+    pool.forget("c1")
+    pool.drop(h.baseline("target-1").id)
+    assert [n for n in h.libvirt.domains if "origin" in n]
+
+
+def test_of_a_machine_with_a_device_none_stands_by_and_others_stay(h: Host, pool: StandbyPool) -> None:
+    pool.keep("c1", [h.baseline("origin")])
+    assert pool.wait_ready(WAIT_S)
+    pool.forget("c1")
+    saved = h.baseline("target-1")
+    machine = saved.machine.model_copy(update={"devices": ("0000:01:00.0",)})
+    pool.keep("c2", [saved.model_copy(update={"machine": machine})])
+    assert pool.missing() == {}
+    assert names(pool) == {"origin"}
+    assert pool.take(saved, "c2") == (None, "none is kept")
 
 
 def test_dropping_does_not_wait_for_others_nor_for_long(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,12 +29,13 @@ from appliance.cell.incarnation import Incarnation
 from appliance.cell.proof import Proof
 from appliance.cell.qcow2 import read_header
 from appliance.cell.snapshot import snapshot
-from appliance.errors import ConfigError, ConflictError, ResetError
+from appliance.errors import ConfigError, ConflictError, LabError, ResetError
 from tests.vm.conftest import OpenCell
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(500)]
 NAME = "target-1"
 Save = Callable[..., Baseline]
+LATE = b"[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/bin/true\nExecStop=/bin/sleep 60\n"
 
 
 @pytest.fixture
@@ -196,6 +198,25 @@ def test_a_disk_baseline_boots_anew_and_carries_a_ram_baseline(
     assert warm.expected.chain == (warm.path(DISK), *cold.expected.chain)
     third = back_to(cell, warm)
     assert (boot_id(third), text(third, "/dev/shm/memory")) == (warm.expected.boot_id, "kept now")
+
+
+def test_a_machine_that_is_killed_while_it_powers_off_is_no_baseline(
+    open_cell: OpenCell, baselines: dict[str, Baseline], shop: Workshop
+) -> None:
+    cell = open_cell(NAME)
+    machine = cell.machine(NAME)
+    assert machine.pid is not None
+    # A service that holds the guest's end up, so that the kill falls into it.
+    machine.qga.write_file("/run/systemd/system/late.service", LATE)
+    machine.qga.exec(["/usr/bin/systemctl", "start", "late"])
+    late = threading.Timer(3.0, machine.kill)
+    late.start()
+    try:
+        with pytest.raises(LabError, match="its disk may be torn"):
+            snapshot(shop, cell, NAME, baselines[NAME], "torn", "disk")
+    finally:
+        late.cancel()
+    assert not (baselines[NAME].folder.parent / "torn").exists()
 
 
 def test_ram_on_a_tmpfs(

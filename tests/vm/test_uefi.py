@@ -58,7 +58,7 @@ def spec(vm_paths: Paths) -> MachineSpec:
 @pytest.fixture(scope="module")
 def booted(shop: Workshop, spec: MachineSpec) -> Iterator[DiskBaseline]:
     """Made from the image as a trial's baselines are."""
-    key = saved.baseline_key(spec, shop.accelerator, shop.libvirt.versions(), "uefi", "disk")
+    key = saved.baseline_key(spec, shop.accelerator, shop.versions(spec), "uefi", "disk")
     cell = Cell("make-uefi", shop)
     cell.open()
     try:

@@ -94,7 +94,7 @@ def import_(shop: Workshop, folder: Path, name: str | None, owner: str, progress
         fields: dict[str, Any] = {
             "key": hashlib.sha256(f"import {label} {secrets.token_hex(16)}".encode()).hexdigest(),
             "machine": machine, "accelerator": shop.accelerator, "files": {}, "below": {}, "created": time.time(),
-            "versions": shop.libvirt.versions(), "folder": site.final, "label": label, "created_by": "import",
+            "versions": shop.versions(machine), "folder": site.final, "label": label, "created_by": "import",
             "seconds": time.monotonic() - began,
         }  # fmt: skip
         return publish(_record(manifest, site, chain, fields), site.folder, manifest.layers[1:])

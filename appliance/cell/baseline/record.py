@@ -19,9 +19,8 @@ from appliance.cell.proof import SCRIPT_SHA256
 from appliance.cell.spec import MachineSpec
 from appliance.errors import ConflictError, ResetError
 from appliance.host.durable import sync_folder, write_durably
-from appliance.host.firmware import require_uefi
 from appliance.host.paths import Paths
-from appliance.model import Accelerator, Firmware
+from appliance.model import Accelerator
 
 RECORD = "baseline.json"
 _BASELINE: TypeAdapter[Baseline] = TypeAdapter(Annotated[Baseline, Field(discriminator="kind")])
@@ -34,11 +33,7 @@ def baseline_key(
     recipe: str,
     kind: BaselineKind = "ram",
 ) -> str:
-    """sha256 over everything a baseline depends on. ``recipe`` names and versions its warm-up.
-
-    Raises:
-        PrerequisiteError: the machine needs UEFI firmware and the host has none.
-    """
+    """sha256 over everything a baseline depends on. ``recipe`` names and versions its warm-up."""
     basis = {
         "machine": machine.model_dump(mode="json"),
         "accelerator": accelerator,
@@ -48,7 +43,6 @@ def baseline_key(
         "script": SCRIPT_SHA256,
         "host_cpu": _cpu_model(),
         "kind": kind,
-        **({"firmware": require_uefi().fingerprint} if machine.firmware is Firmware.UEFI else {}),
     }
     return hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
 

@@ -37,6 +37,7 @@ from appliance.host.clock import wait_until
 
 AGENT_LIMIT_S = 180.0
 _SHUTDOWN_S = 120.0
+_TOLD_S = 10.0  # libvirt tells of an end in the moment in which the domain goes
 _STATE_BYTES = 64 << 20  # device state is below 1 MiB; the rest is tmpfs's own
 _SETTLE_S = 3.5
 _NONCE_PATH = "/run/hotcell-baseline"
@@ -98,7 +99,7 @@ def make(
             warm(template)
             common: dict[str, Any] = {
                 "key": key, "machine": machine, "accelerator": shop.accelerator, "files": {}, "below": {},
-                "versions": shop.libvirt.versions(), "folder": site.final, "created_by": created_by,
+                "versions": shop.versions(machine), "folder": site.final, "created_by": created_by,
             }  # fmt: skip
             below = (machine.image.disk,)
             if kind == "ram":
@@ -222,13 +223,19 @@ def shut_down(machine: Incarnation) -> None:
     """Have a guest power itself off, so that its disk is whole.
 
     Raises:
-        LabError: it did not within 120 s.
+        LabError: it did not within 120 s, or ended in another way.
     """
-    with contextlib.suppress(GuestChannelError):  # the agent may be gone before it answers
-        machine.qga.exec(["/usr/bin/systemctl", "poweroff", "--no-block"])
-    wait_until(
-        lambda: machine.state is DomainState.GONE, _SHUTDOWN_S, f"{machine.name} to power off", interval=0.1
-    )
+    with machine.watch_end() as powered_off:
+        with contextlib.suppress(GuestChannelError):  # the agent may be gone before it answers
+            machine.qga.exec(["/bin/sync"], timeout_s=_SHUTDOWN_S)
+            machine.qga.exec(["/usr/bin/systemctl", "poweroff", "--no-block"])
+        gone = f"{machine.name} to power off"
+        wait_until(lambda: machine.state is DomainState.GONE, _SHUTDOWN_S, gone, interval=0.1)
+        if not powered_off(_TOLD_S):
+            raise LabError(
+                f"{machine.name} ended while it was to power off, and not by doing so: its disk may be torn",
+                hint="look at the host's memory and kernel log for what killed its QEMU, then ask again",
+            )
 
 
 def _settled_facts(template: Incarnation) -> GuestFacts:

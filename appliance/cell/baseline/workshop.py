@@ -12,8 +12,9 @@ from appliance.cell.ledger import Ledger
 from appliance.cell.libvirt_door import Libvirt
 from appliance.cell.spec import MachineSpec
 from appliance.errors import ConflictError
+from appliance.host.firmware import require_uefi
 from appliance.host.paths import Paths
-from appliance.model import Accelerator
+from appliance.model import Accelerator, Firmware
 
 
 class Workshop:
@@ -56,6 +57,15 @@ class Workshop:
         finally:
             with self._lock:
                 self._names.discard(name)
+
+    def versions(self, machine: MachineSpec) -> dict[str, str]:
+        """Of what runs a machine: libvirt, QEMU, and the UEFI firmware that it has, by the digest of its files.
+
+        Raises:
+            PrerequisiteError: the machine needs UEFI firmware and the host has none.
+        """
+        firmware = {"uefi": require_uefi().fingerprint[:12]} if machine.firmware is Firmware.UEFI else {}
+        return self.libvirt.versions() | firmware
 
     def prepare(
         self,
