@@ -301,6 +301,8 @@ class StandbyPool:
         machine = restore(self._shop, baseline, STANDBY)
         with self._changed:
             self._unproved = machine, baseline, generation
+            if not self._current(baseline, generation):  # by now: who asked for its end could not kill it yet
+                machine.kill()
         try:
             standby = Standby(machine, baseline, prove(machine, baseline, began, will_stand_by=True))
             _require_proved(standby)

@@ -729,6 +729,25 @@ def test_one_that_boots_and_that_nobody_wants_any_more_is_killed(
     assert pool.missing().get(origin.id) == told, "and not that it failed"
 
 
+def test_so_is_one_that_nobody_wanted_before_it_ran(
+    h: Host, pool: StandbyPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go = threading.Event(), threading.Event()
+    booting = boots_slowly(h, monkeypatch)
+
+    def slow(_clone: Incarnation) -> None:
+        begun.set()
+        assert go.wait(WAIT_S)
+
+    h.on_restore = slow
+    pool.keep("c1", [h.baseline("origin")])
+    assert begun.wait(WAIT_S)
+    pool.keep("c1", [])
+    go.set()
+    assert booting.wait(WAIT_S)
+    wait_until(lambda: h.libvirt.domains == {}, 5, "it to be gone", interval=0.01)
+
+
 def test_one_that_is_wanted_still_is_left_alone(
     h: Host, pool: StandbyPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
