@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from appliance.host.capacity import sample_process
@@ -22,13 +23,21 @@ SLACK: Mapping[str, tuple[float, int]] = {
 }
 
 
-def holdings(pid: int, paths: Paths) -> dict[str, int]:
-    """What process ``pid`` and the home of ``paths`` hold now."""
+def rows_of_another(paths: Paths) -> int:
+    """Rows of a ledger that another process holds.
+
+    In one that holds it itself, SQLite would keep the descriptors of this look: to close one would give up the locks
+    of all (https://www.sqlite.org/howtocorrupt.html#_posix_advisory_locks_canceled).
+    """
+    with contextlib.closing(sqlite3.connect(f"file:{paths.ledger}?mode=ro", uri=True)) as db:
+        return int(db.execute("SELECT count(*) FROM things").fetchone()[0])
+
+
+def holdings(pid: int, paths: Paths, rows: Callable[[Paths], int] = rows_of_another) -> dict[str, int]:
+    """What process ``pid`` and the home of ``paths`` hold now; ``rows`` counts its ledger's."""
     proc = Path(f"/proc/{pid}")
     status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines() if ":" in line)
     interfaces = [line.split(":")[0].strip() for line in (proc / "net" / "dev").read_text().splitlines()[2:]]
-    with sqlite3.connect(f"file:{paths.ledger}?mode=ro", uri=True) as db:
-        rows = db.execute("SELECT count(*) FROM things").fetchone()[0]
     sample = sample_process(pid)
     return {
         "resident MB": int(status["VmRSS"].split()[0]) // 1000,
@@ -41,22 +50,22 @@ def holdings(pid: int, paths: Paths) -> dict[str, int]:
         "taps": sum(1 for name in interfaces if name.startswith("hct")),
         "files of cells": sum(1 for _ in paths.cells.rglob("*")),
         "open trials": len(list(paths.open_trials.iterdir())),
-        "ledger rows": rows,
+        "ledger rows": rows(paths),
         "disk kB": used_bytes(paths.home, (paths.baselines, paths.bundles)) // 1000,
     }
 
 
-def quiet_holdings(pid: int, paths: Paths) -> dict[str, int]:
+def quiet_holdings(pid: int, paths: Paths, rows: Callable[[Paths], int] = rows_of_another) -> dict[str, int]:
     """As :func:`holdings`, once machines and rows stay the same: what ended or stands by does so later."""
     seen: list[tuple[int, ...]] = []
 
     def quiet() -> bool:
-        now = holdings(pid, paths)
+        now = holdings(pid, paths, rows)
         seen.append(tuple(now[k] for k in ("QEMU processes", "taps", "ledger rows", "child processes")))
         return len(seen) > _SAME and len(set(seen[-_SAME:])) == 1
 
     wait_until(quiet, _QUIET_S, "the machines in the background to stay the same", interval=1)
-    return holdings(pid, paths)
+    return holdings(pid, paths, rows)
 
 
 def children_of(pid: int) -> int:
