@@ -20,9 +20,8 @@ from appliance.cell.cell import Cell
 from appliance.cell.ledger import Kind
 from appliance.cell.standby import StandbyPool
 from appliance.errors import HotcellError, LabError
-from appliance.host.capacity import sample_process
 from appliance.host.clock import wait_until
-from bench.common.holdings import grown, quiet_holdings
+from bench.common.holdings import grown, own_mb, quiet_holdings
 from bench.common.rig import MACHINES, Rig, sealed_rig
 from bench.common.stats import independent, summary
 from bench.common.table import seconds, show
@@ -70,16 +69,11 @@ def soak(rig: Rig, baselines: Sequence[Baseline], count: int, settled: int, *, w
             if n + 1 == settled:
                 first = _quiet_holdings(rig, cell, pool, len(baselines))
             if n % _EDGE == _EDGE - 1:
-                own.append(_own_mb())
+                own.append(own_mb(os.getpid()))
                 print(f"{n + 1} resets, {len(failures)} failed, {own[-1]} MB of own memory", flush=True)
         return Soak(took, ways, failures, first, _quiet_holdings(rig, cell, pool, len(baselines)), own)
     finally:
         cell.close()
-
-
-def _own_mb() -> int:
-    sample = sample_process(os.getpid())
-    return sample.own // 1_000_000 if sample else 0
 
 
 def _reset(cell: Cell, baselines: Sequence[Baseline]) -> list[str]:

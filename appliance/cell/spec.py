@@ -7,6 +7,7 @@ a segment, so the same address can live in both.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import Field, model_validator
@@ -68,8 +69,7 @@ class MachineSpec(Frozen):
 
     @model_validator(mode="after")
     def _firmware_fits(self) -> MachineSpec:
-        if self.devices and self.firmware is not Firmware.UEFI:
-            raise ValueError("a machine with passed-through devices has UEFI firmware")
+        check_firmware(self.devices, self.firmware)
         return self
 
     @property
@@ -99,6 +99,16 @@ class MachineSpec(Frozen):
             f"{self.image.cmdline} hotcell.name={self.name} hotcell.addr={self.address}/24 "
             f"hotcell.gw={SEGMENT}.{WORLD_HOST}"
         )
+
+
+def check_firmware(devices: Sequence[PciAddress], firmware: Firmware) -> None:
+    """The rule which firmware goes with which devices.
+
+    Raises:
+        ValueError: it is broken.
+    """
+    if devices and firmware is not Firmware.UEFI:
+        raise ValueError("a machine with passed-through devices has UEFI firmware")
 
 
 def host_number(name: str, role: Role) -> int:

@@ -81,8 +81,9 @@ def _described(path: Path) -> Uefi | None:
             and not _SECURE & set(told["features"])
             and any(_runs_on(target) for target in told["targets"])
         )
-        files = (mapping["executable"]["filename"], mapping["nvram-template"]["filename"]) if fits else None
-        return Uefi(Path(files[0]), Path(files[1])) if files else None
+        if not fits:
+            return None
+        return Uefi(Path(mapping["executable"]["filename"]), Path(mapping["nvram-template"]["filename"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -64,9 +64,7 @@ class CellDesk:
         self._lock = threading.Lock()
         self._claims = Claims()
         self._guards: dict[str, CellGuard] = {}
-        self._resizing: dict[
-            str, dict[str, Baseline]
-        ] = {}  # what machines are being reset to, by cell and name
+        self._resizing: dict[tuple[str, str], Baseline] = {}  # what is being reset to, by cell and machine
 
     # -- looking --------------------------------------------------------------------------------------
 
@@ -244,19 +242,18 @@ class CellDesk:
     @contextmanager
     def _sizes_of(self, cell: Cell, chosen: Baseline) -> Iterator[Baseline]:
         """Have a cell's machine become what ``chosen`` is, if there is room; others may do so at the same time."""
+        own = (cell.id, chosen.machine.name)
         with self._lock:
-            meanwhile = self._resizing.setdefault(cell.id, {})
+            meanwhile = {name: b for (of, name), b in self._resizing.items() if of == cell.id}
             after = cell.baselines | meanwhile | {chosen.machine.name: chosen}
             need = need_of([b.machine for b in after.values()], self._settings.limits.disk_mb)
             self._grants.require_within(cell.id, need)
-            meanwhile[chosen.machine.name] = chosen
+            self._resizing[own] = chosen
         try:
             yield chosen
         finally:
             with self._lock:
-                meanwhile.pop(chosen.machine.name)
-                if not meanwhile:
-                    self._resizing.pop(cell.id, None)
+                del self._resizing[own]
 
     def _named(self, name: str, present: Baseline) -> Baseline:
         """The baseline of that name, whole, if it is one for the machine of ``present``."""

@@ -38,10 +38,9 @@ def holdings(pid: int, paths: Paths, rows: Callable[[Paths], int] = rows_of_anot
     proc = Path(f"/proc/{pid}")
     status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines() if ":" in line)
     interfaces = [line.split(":")[0].strip() for line in (proc / "net" / "dev").read_text().splitlines()[2:]]
-    sample = sample_process(pid)
     return {
         "resident MB": int(status["VmRSS"].split()[0]) // 1000,
-        "own MB": sample.own // 1_000_000 if sample else 0,
+        "own MB": own_mb(pid),
         "descriptors": len(list((proc / "fd").iterdir())),
         "threads": int(status["Threads"]),
         "child processes": children_of(pid),
@@ -66,6 +65,12 @@ def quiet_holdings(pid: int, paths: Paths, rows: Callable[[Paths], int] = rows_o
 
     wait_until(quiet, _QUIET_S, "the machines in the background to stay the same", interval=1)
     return holdings(pid, paths, rows)
+
+
+def own_mb(pid: int) -> int:
+    """Memory of a process's own, MB; 0 if it is gone."""
+    sample = sample_process(pid)
+    return sample.own // 1_000_000 if sample else 0
 
 
 def children_of(pid: int) -> int:

@@ -503,6 +503,14 @@ def with_device(h: Host) -> Baseline:
     return DiskBaseline(**{**fields, "machine": machine}, expected=cold)
 
 
+def cell_with_device(h: Host) -> tuple[Cell, Baseline]:
+    """An open cell with that machine."""
+    cell, saved = Cell("c1", h.shop), with_device(h)
+    cell.open()
+    cell.restore_all([saved], lambda _p: None)
+    return cell, saved
+
+
 def only_one_has_the_device(h: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """As libvirt: a second machine with a device in use does not start. A machine's end takes a moment."""
     start, destroy = h.libvirt.start, h.libvirt.destroy
@@ -524,9 +532,7 @@ def test_a_machine_with_a_device_is_gone_before_the_next_one_starts(
     h: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     only_one_has_the_device(h, monkeypatch)
-    cell, saved = Cell("c1", h.shop), with_device(h)
-    cell.open()
-    cell.restore_all([saved], lambda _p: None)
+    cell, saved = cell_with_device(h)
     first = cell.machine("target-1")
     assert cell.reset([saved], lambda _p: None)[0].proof.proved
     assert first.state is DomainState.GONE
@@ -541,9 +547,7 @@ def test_a_machine_that_withstands_keeps_its_device_and_that_is_told(
     h: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     only_one_has_the_device(h, monkeypatch)
-    cell, saved = Cell("c1", h.shop), with_device(h)
-    cell.open()
-    cell.restore_all([saved], lambda _p: None)
+    cell, saved = cell_with_device(h)
     h.libvirt.refuse = {"destroy"}
     for _ in range(2):
         with pytest.raises(LabError, match=r"still holds the devices of target-1: 0000:01:00\.0"):
@@ -558,9 +562,7 @@ def test_what_is_left_of_a_machine_that_is_gone_keeps_no_device(
     h: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     only_one_has_the_device(h, monkeypatch)
-    cell, saved = Cell("c1", h.shop), with_device(h)
-    cell.open()
-    cell.restore_all([saved], lambda _p: None)
+    cell, saved = cell_with_device(h)
     remove, failing = Incarnation.remove_folder, [True]
 
     def no_space(machine: Incarnation) -> None:
@@ -576,9 +578,7 @@ def test_what_is_left_of_a_machine_that_is_gone_keeps_no_device(
 
 
 def test_a_host_with_other_firmware_says_so_before_a_machine_is_lost(h: Host) -> None:
-    cell, saved = Cell("c1", h.shop), with_device(h)
-    cell.open()
-    cell.restore_all([saved], lambda _p: None)
+    cell, saved = cell_with_device(h)
     first = cell.machine("target-1")
     h.uefi.variables.write_bytes(b"variables of the other kind of firmware")
     with pytest.raises(PrerequisiteError, match="other UEFI firmware"):

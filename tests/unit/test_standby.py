@@ -47,6 +47,18 @@ def cell(h: Host, pool: StandbyPool, *names: str) -> Cell:
     return made
 
 
+def restores_when_told(h: Host) -> tuple[threading.Event, threading.Event]:
+    """A restore says that it has begun, and ends when it may go on."""
+    begun, go = threading.Event(), threading.Event()
+
+    def slow(_clone: Incarnation) -> None:
+        begun.set()
+        assert go.wait(WAIT_S)
+
+    h.on_restore = slow
+    return begun, go
+
+
 def test_what_stands_by_is_proved_paused_unplugged_and_written_down(h: Host, pool: StandbyPool) -> None:
     pool.keep("c1", [h.baseline("origin"), h.baseline("target-1")])
     assert pool.wait_ready(WAIT_S)
@@ -206,13 +218,7 @@ def test_what_is_not_wanted_any_more_goes(h: Host, pool: StandbyPool) -> None:
 
 
 def test_dropping_while_one_is_made_leaves_none(h: Host, pool: StandbyPool) -> None:
-    begun, go = threading.Event(), threading.Event()
-
-    def slow(_clone: Incarnation) -> None:
-        begun.set()
-        assert go.wait(WAIT_S)
-
-    h.on_restore = slow
+    begun, go = restores_when_told(h)
     pool.keep("c1", [h.baseline("origin")])
     assert begun.wait(WAIT_S)
     pool.drop_all()
@@ -644,13 +650,7 @@ def test_room_that_comes_while_it_is_looked_for_is_seen(h: Host) -> None:
 
 
 def test_one_in_the_making_is_given_up_too(h: Host, pool: StandbyPool) -> None:
-    begun, go = threading.Event(), threading.Event()
-
-    def slow(_clone: Incarnation) -> None:
-        begun.set()
-        assert go.wait(WAIT_S)
-
-    h.on_restore = slow
+    begun, go = restores_when_told(h)
     pool.keep("c1", [h.baseline("origin")])
     assert begun.wait(WAIT_S)
     pool.give_up("given up for a trial")
@@ -732,14 +732,8 @@ def test_one_that_boots_and_that_nobody_wants_any_more_is_killed(
 def test_so_is_one_that_nobody_wanted_before_it_ran(
     h: Host, pool: StandbyPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun, go = threading.Event(), threading.Event()
+    begun, go = restores_when_told(h)
     booting = boots_slowly(h, monkeypatch)
-
-    def slow(_clone: Incarnation) -> None:
-        begun.set()
-        assert go.wait(WAIT_S)
-
-    h.on_restore = slow
     pool.keep("c1", [h.baseline("origin")])
     assert begun.wait(WAIT_S)
     pool.keep("c1", [])
@@ -776,13 +770,7 @@ def test_of_a_machine_with_a_device_none_stands_by_and_others_stay(h: Host, pool
 def test_dropping_does_not_wait_for_others_nor_for_long(
     h: Host, pool: StandbyPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun, go = threading.Event(), threading.Event()
-
-    def slow(_clone: Incarnation) -> None:
-        begun.set()
-        assert go.wait(WAIT_S)
-
-    h.on_restore = slow
+    begun, go = restores_when_told(h)
     pool.keep("c1", [h.baseline("origin")])
     assert begun.wait(WAIT_S)
     began = time.monotonic()

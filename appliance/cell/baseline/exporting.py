@@ -22,6 +22,7 @@ from appliance.errors import ConfigError, ResetError
 from appliance.host.capacity import require_room
 from appliance.host.paths import Paths
 
+_NO_LAYERS = (RAM, STATE, NVRAM)
 # bytes that are done, bytes in all
 Progress = Callable[[int, int], None]
 
@@ -95,7 +96,7 @@ def onward(progress: Progress, done: int, total: int) -> Callable[[int], None]:
 
 def _sources(baseline: Baseline) -> dict[str, tuple[Path, FileFact]]:
     """The files to take along by their name in the export, each with what it was when it was saved."""
-    memory = [(part, baseline.path(part)) for part in (RAM, STATE, NVRAM) if part in baseline.files]
+    memory = [(part, baseline.path(part)) for part in _NO_LAYERS if part in baseline.files]
     layers = [(layer_name(n) if n else DISK, p) for n, p in enumerate(baseline.expected.chain[:-1])]
     return {name: (path, _fact(baseline, path)) for name, path in [*memory, *layers]}
 
@@ -118,7 +119,7 @@ def _manifest(baseline: Baseline, sources: dict[str, tuple[Path, FileFact]]) -> 
         image_disk_sha256=machine.image.disk_sha256, accelerator=baseline.accelerator,
         versions=baseline.versions, host_cpu=cpu_fingerprint(),
         expected=baseline.expected.model_dump(mode="json", exclude={"chain", "ram_file"}),
-        layers=tuple(n for n in sources if n not in (RAM, STATE, NVRAM)),
+        layers=tuple(n for n in sources if n not in _NO_LAYERS),
         files={n: ExportedFile(sha256=f.sha256, size=f.size) for n, (_, f) in sources.items()},
         created=baseline.created,
     )  # fmt: skip

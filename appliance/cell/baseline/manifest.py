@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, JsonValue, StringConstraints, ValidationError, model_validator
 
 from appliance.cell.baseline.kinds import DISK, NVRAM, BaselineKind, parts, why_cold
+from appliance.cell.spec import check_firmware
 from appliance.errors import ConfigError
 from appliance.model import Accelerator, Firmware, Frozen, Name, PciAddress, Role, Sha256
 
@@ -61,8 +62,7 @@ class Manifest(Frozen):
         files = {*parts(self.kind, self.firmware), *self.layers}
         if set(self.files) != files:
             raise ValueError(f"a {self.kind} baseline with these layers has the files {sorted(files)}")
-        if self.devices and self.firmware is not Firmware.UEFI:
-            raise ValueError("a machine with passed-through devices has UEFI firmware")
+        check_firmware(self.devices, self.firmware)
         if self.kind == "ram" and (why := why_cold(self.devices, self.firmware)):
             raise ValueError(f"no RAM baseline of a machine with {why}")
         if NVRAM in self.files and self.files[NVRAM].size > _MOST_FLASH:
